@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# A thin front: the build is meson's, the machines are tests/lab/lab's.
+
+BUILD ?= build
+LAB := tests/lab/lab
+
+all: $(BUILD)/build.ninja
+	ninja -C $(BUILD)
+
+$(BUILD)/build.ninja: | setup
+	meson setup $(BUILD)
+
+setup:
+	@tests/lab/setup
+
+# The main job, shown: a real kexec under systemd, and what came through it.
+demo: setup
+	@$(LAB) demo
+
+# Every test of every change: unit tests on this host, then guests.
+check: setup
+	@$(LAB) check --with-unit-tests
+
+# The same in full numbers, on all kernels: `make check-long PART="kexec suites"`.
+check-long: setup
+	@$(LAB) check-long $(PART)
+
+# Figures, each with its baseline from the same run.
+bench: setup
+	@$(LAB) bench
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all setup demo check check-long bench clean

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Debian packages from any suite, in a private apt state.
+
+The mirror is the one that the system's own apt configuration names; the
+system's lists, cache and configuration are left alone. Signatures are always
+verified; a Release file past its Valid-Until date is tolerated, because a lab
+may sit behind a mirror that is no longer updated.
+"""
+
+import shutil
+from pathlib import Path
+from urllib.parse import urlparse
+
+from .common import LabError, cache_dir, run, say
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+SUITES = ("trixie", "trixie-backports", "forky", "sid", "experimental")
+
+
+def mirror() -> str:
+    """The URI of the Debian archive in the system's apt configuration."""
+    out = run(["apt-get", "indextargets", "--format", "$(SIGNED_BY)|$(REPO_URI)|$(RELEASE)",
+               "Created-By: Packages"], what="reading the system's apt configuration")
+    uris = []
+    for line in out.splitlines():
+        uri = line.split("|")[1].rstrip("/")
+        path = urlparse(uri).path.rstrip("/")
+        if path.endswith("/debian") or path == "/debian":
+            uris.append(uri)
+    if not uris:
+        raise LabError("the system's apt configuration names no Debian mirror "
+                       "(no URI that ends in /debian); add one to /etc/apt/sources.list")
+    return uris[0]
+
+
+class Apt:
+    """apt-get and apt-cache over the suites @suites, in the cache."""
+
+    def __init__(self, suites=SUITES):
+        self.dir = cache_dir() / "apt"
+        self.suites = suites
+        for d in ("etc", "etc/preferences.d", "etc/apt.conf.d", "lists/partial",
+                  "archives/partial"):
+            (self.dir / d).mkdir(parents=True, exist_ok=True)
+        (self.dir / "status").touch()
+        if not KEYRING.exists():
+            raise LabError(f"the keyring {KEYRING} is missing; run 'make setup'")
+
+    def options(self):
+        d = self.dir
+        opts = {"Dir::Etc": d / "etc", "Dir::Etc::SourceList": d / "etc/sources.list",
+                "Dir::Etc::SourceParts": "/dev/null", "Dir::State::Lists": d / "lists",
+                "Dir::State::status": d / "status", "Dir::Cache": d, "Dir::Cache::archives":
+                d / "archives", "Acquire::Check-Valid-Until": "false", "APT::Sandbox::User": "root",
+                "APT::Get::AllowUnauthenticated": "false", "Acquire::Languages": "none",
+                "Acquire::Retries": "2"}
+        return [x for k, v in opts.items() for x in ("-o", f"{k}={v}")]
+
+    def update(self) -> None:
+        uri = mirror()
+        (self.dir / "etc/sources.list").write_text("".join(
+            f"deb [signed-by={KEYRING}] {uri} {s} main\n" for s in self.suites))
+        try:
+            run(["apt-get", *self.options(), "-q", "update", "-o", "APT::Update::Error-Mode=any"],
+                what="reading Debian's package lists")
+        except LabError as e:
+            raise LabError(f"no network: Debian's mirror {uri} could not be read ({e}); "
+                           "check the connection, or put the packages into the cache "
+                           f"{cache_dir()} from another machine") from e
+
+    def versions(self, package: str) -> list:
+        """The versions that the suites offer, newest first."""
+        out = run(["apt-cache", *self.options(), "madison", package])
+        seen = []
+        for line in out.splitlines():
+            fields = [f.strip() for f in line.split("|")]
+            if len(fields) == 3 and not fields[2].endswith("Sources") and fields[1] not in seen:
+                seen.append(fields[1])
+        return seen
+
+    def suite_with(self, package: str, at_least: str) -> str:
+        """The first of the suites in which @package is at least @at_least."""
+        uri = mirror()
+        out = run(["apt-cache", *self.options(), "madison", package])
+        found = {}
+        for line in out.splitlines():
+            fields = [f.strip() for f in line.split("|")]
+            if len(fields) == 3 and not fields[2].endswith("Sources"):
+                found.setdefault(fields[2].split()[1].split("/")[0], fields[1])
+        for suite in self.suites:
+            version = found.get(suite)
+            if version and newer_or_equal(version, at_least):
+                return suite
+        raise LabError(f"no Debian suite at {uri} has {package} >= {at_least} (seen: {found})")
+
+    def download(self, package: str, version: str, into: Path) -> Path:
+        """Fetch one package; the file is complete or absent."""
+        tmp = into / "partial"
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        say(f"fetching {package} {version}")
+        run(["apt-get", *self.options(), "-q", "download", f"{package}={version}"], cwd=tmp,
+            what=f"fetching {package} {version}")
+        deb = next(tmp.glob("*.deb"))
+        deb = deb.rename(into / deb.name)
+        tmp.rmdir()
+        return deb
+
+
+def newer_or_equal(a: str, b: str) -> bool:
+    try:
+        run(["dpkg", "--compare-versions", a, "ge", b])
+        return True
+    except LabError:
+        return False

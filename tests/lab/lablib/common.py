@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every verb of the lab needs: errors, the cache, locks, running programs."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[3]
+LAB = PROJECT / "tests" / "lab"
+
+
+class LabError(Exception):
+    """One clear sentence: what is wrong, with which object, and what to do."""
+
+
+def cache_dir() -> Path:
+    """The cache outside of the clone; KHO_CACHE moves it."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(os.environ.get("KHO_CACHE") or Path(home) / "kho")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise LabError(f"cannot create the cache {path}: {e.strerror}; "
+                       "set KHO_CACHE to a folder that can be written") from e
+    return path
+
+
+def say(text: str) -> None:
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+def need_space(path: Path, gib: float, what: str) -> None:
+    """Refuse before a long step, instead of failing in the middle of it."""
+    gib = float(os.environ.get("KHO_LAB_NEED_GIB", gib))
+    free = shutil.disk_usage(path).free / 2**30
+    if free < gib:
+        raise LabError(f"no space: {what} needs {gib:g} GiB in {path}, {free:.1f} GiB are free; "
+                       "remove something or set KHO_CACHE to a larger file system")
+
+
+def need_program(name: str) -> str:
+    path = shutil.which(name)
+    if not path:
+        raise LabError(f"the program {name} is missing; run 'make setup'")
+    return path
+
+
+def digest(*parts) -> str:
+    """A content key: files are read, everything else is taken as text."""
+    h = hashlib.sha256()
+    for p in parts:
+        data = p.read_bytes() if isinstance(p, Path) else str(p).encode()
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()[:20]
+
+
+def run(cmd, *, log=None, what=None, cwd=None, env=None, stdin=None, timeout=None) -> str:
+    """Run a program and return its standard output.
+
+    With @log (a path) all output goes there instead. A failure raises LabError
+    with @what, the last lines, and the place of the log.
+    """
+    cmd = [str(c) for c in cmd]
+    full_env = {**os.environ, "LC_ALL": "C", **(env or {})}
+    what = what or shlex.join(cmd)
+    try:
+        if log:
+            with open(log, "ab") as f:
+                f.write(f"$ {shlex.join(cmd)}\n".encode())
+                f.flush()
+                r = subprocess.run(cmd, stdout=f, stderr=subprocess.STDOUT, cwd=cwd, env=full_env,
+                                   stdin=stdin or subprocess.DEVNULL, timeout=timeout, check=False)
+        else:
+            r = subprocess.run(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+                               env=full_env, stdin=stdin or subprocess.DEVNULL, timeout=timeout,
+                               check=False)
+    except FileNotFoundError as e:
+        raise LabError(f"{what}: the program {cmd[0]} is missing; run 'make setup'") from e
+    except subprocess.TimeoutExpired as e:
+        raise LabError(f"{what}: no end after {timeout} s" + (f"; see {log}" if log else "")) from e
+    if r.returncode == 0:
+        return "" if log else r.stdout.decode(errors="replace")
+    tail = last_lines(Path(log)) if log else (r.stderr or r.stdout).decode(errors="replace")[-2000:]
+    raise LabError(f"{what}: failed (exit status {r.returncode})\n{tail.rstrip()}"
+                   + (f"\nthe whole log is {log}" if log else ""))
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str):
+    """One process at a time; says so when it has to wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="ascii") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run of the lab to finish with {what}")
+            fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def building(target: Path):
+    """Build into a sibling folder and rename it to @target when all went well."""
+    tmp = target.with_name(target.name + ".new")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    tmp.rename(target)
+
+
+@contextlib.contextmanager
+def step(text: str):
+    """Say what is being done, and how long it took."""
+    say(text + " ...")
+    start = time.monotonic()
+    yield
+    say(f"{text}: done in {time.monotonic() - start:.0f} s")

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel: Debian's source, our series on it as commits, cached builds.
+
+The tree lives in the cache and is a git repository: the branch `base` is the
+source as Debian ships it, `series` is base plus one commit per patch of
+kernel-patches/. Whoever works on the kernel edits commits on `series` there and
+`lab kernel export` writes them back. A build never touches commits that were
+not exported: it refuses, and says what to do.
+
+The build folders (build-CONFIG) lie inside of the tree, so that the compiler
+sees relative paths only and ccache finds its objects whatever the cache's path.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from .apt import Apt
+from .common import (LAB, PROJECT, LabError, building, cache_dir, digest, last_lines, lock,
+                     need_program, need_space, run, say, step)
+
+PACKAGE = "linux-source-7.3"
+PATCHES = PROJECT / "kernel-patches"
+CONFIGS = LAB / "config"
+NAMES = ("minimal", "modular", "debug")
+GIT = ["git", "-c", "user.name=khod maintainers", "-c", "user.email=maintainers@khod.invalid",
+       "-c", "gc.auto=0", "-c", "core.looseCompression=0", "-c", "commit.gpgSign=false"]
+
+# Without these a guest of the lab does not come up, or no kexec carries anything.
+REQUIRED = ("KEXEC_FILE", "KEXEC_HANDOVER", "LIVEUPDATE", "LIVEUPDATE_MEMFD", "RELOCATABLE",
+            "VIRTIO_BLK", "EXT4_FS", "DEVTMPFS", "SERIAL_8250_CONSOLE", "VIRTIO_CONSOLE",
+            "NET_9P_VIRTIO", "9P_FS", "PCI_MMCONFIG", "COMPACTION", "PROC_PAGE_MONITOR")
+
+
+def tree() -> Path:
+    return Path(os.environ.get("KHO_LINUX") or cache_dir() / "linux")
+
+
+def patches() -> list:
+    return sorted(PATCHES.glob("[0-9][0-9][0-9][0-9]-*.patch"), key=lambda p: p.name)
+
+
+def patches_of(names) -> str:
+    return digest(*names) if names else "unpatched"
+
+
+def recorded_version() -> str:
+    path = PATCHES / "BASE"
+    return path.read_text().split()[-1] if path.exists() else ""
+
+
+# --- the source -------------------------------------------------------------
+
+def fetch() -> Path:
+    """The source package: the recorded version, or the newest 7.3 with a warning."""
+    store = cache_dir() / "packages"
+    store.mkdir(exist_ok=True)
+    want = recorded_version()
+    deb = store / f"{PACKAGE}_{want.replace(':', '%3a')}_all.deb"
+    if want and deb.exists():
+        return deb
+    need_space(store, 1, "the kernel's source package")
+    apt = Apt()
+    apt.update()
+    have = apt.versions(PACKAGE)
+    if not have:
+        raise LabError(f"Debian's mirror has no {PACKAGE} in any of {', '.join(apt.suites)}")
+    if want in have:
+        return apt.download(PACKAGE, want, store)
+    say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the mirror; "
+        f"taking {have[0]}")
+    return apt.download(PACKAGE, have[0], store)
+
+
+def git(*args, cwd=None, **kw) -> str:
+    return run([*GIT, *args], cwd=cwd or tree(), **kw).strip()
+
+
+def version_of(deb: Path) -> str:
+    return run(["dpkg-deb", "--field", deb, "Version"]).strip()
+
+
+def unpack(deb: Path) -> None:
+    """The branch `base`: one commit with the source as Debian ships it."""
+    dest, version = tree(), version_of(deb)
+    stamp = dest / ".git" / "lab-version"
+    if stamp.exists():
+        if stamp.read_text().strip() == version:
+            return
+        raise LabError(f"the kernel tree {dest} holds {stamp.read_text().strip()}, the series wants "
+                       f"{version}; export what you need from it and remove it")
+    need_space(dest.parent, 12, "the kernel tree with its builds")
+    with step(f"unpacking {version}"), building(dest) as tmp:
+        tar = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE)
+        run(["tar", "-x", "-C", tmp, "--strip-components=3", "--wildcards", "./usr/src/*.tar.xz"],
+            stdin=tar.stdout, what=f"unpacking {deb}")
+        tar.wait()
+        inner = next(tmp.glob("*.tar.xz"))
+        run(["tar", "-xJf", inner, "-C", tmp, "--strip-components=1"], what=f"unpacking {inner}")
+        inner.unlink()
+        run([*GIT, "init", "-q", "-b", "base"], cwd=tmp)
+        for key, value in (("gc.auto", "0"), ("core.looseCompression", "0"),
+                           ("user.name", "khod maintainers"),
+                           ("user.email", "maintainers@khod.invalid")):
+            run(["git", "config", key, value], cwd=tmp)
+        run([*GIT, "add", "-A", "-f", "."], cwd=tmp)
+        run([*GIT, "commit", "-q", "-m", f"Linux, {PACKAGE} {version}"], cwd=tmp)
+        with open(tmp / ".git/info/exclude", "a", encoding="ascii") as f:
+            f.write("/build-*/\n")
+        (tmp / ".git/lab-version").write_text(version + "\n")
+
+
+# --- the series ---------------------------------------------------------------
+
+def applied_file() -> Path:
+    return tree() / ".git" / "lab-applied"
+
+
+def applied() -> list:
+    """What this tool put on `series`: (digest of the patch, commit) in order."""
+    try:
+        return [tuple(line.split()) for line in applied_file().read_text().splitlines()]
+    except OSError:
+        return []
+
+
+def edited() -> str:
+    """Why the tree must not be touched: commits or changes that were not exported."""
+    if git("status", "--porcelain", "--untracked-files=no"):
+        return "uncommitted changes"
+    head, base = git("rev-parse", "HEAD"), git("rev-parse", "base")
+    known = {c for _, c in applied()} | {base}
+    return "" if head in known else "commits that were not exported"
+
+
+def apply_series() -> None:
+    """Bring `series` to kernel-patches/; files of unchanged patches stay untouched."""
+    want = [(digest(p), p) for p in patches()]
+    have = applied()
+    why = edited()
+    if why:
+        raise LabError(f"the kernel tree {tree()} has {why}; run 'lab kernel export' to write them "
+                       "to kernel-patches/, 'lab kernel build --as-is' to build the tree as it "
+                       "stands, or 'lab kernel discard' to drop them")
+    if git("symbolic-ref", "-q", "--short", "HEAD") != "series":
+        git("checkout", "-q", "-B", "series", "base")
+        have = []
+    same = 0
+    while same < min(len(have), len(want)) and have[same][0] == want[same][0]:
+        same += 1
+    if same == len(have) == len(want) and git("rev-parse", "HEAD") == \
+            (have[-1][1] if have else git("rev-parse", "base")):
+        return
+    git("reset", "-q", "--hard", have[same - 1][1] if same else "base")
+    done = have[:same]
+    say(f"applying {len(want) - same} of {len(want)} patches")
+    for key, patch in want[same:]:
+        try:
+            git("am", "-q", "--3way", "--keep-cr", str(patch), what=f"applying {patch.name}")
+        except LabError as e:
+            subprocess.run(["git", "am", "--abort"], cwd=tree(), check=False,
+                           capture_output=True)
+            write_applied(done)
+            raise LabError(f"the patch {patch.name} does not apply to {PACKAGE} "
+                           f"{(tree() / '.git/lab-version').read_text().strip()}: {e}") from e
+        done.append((key, git("rev-parse", "HEAD")))
+    write_applied(done)
+
+
+def write_applied(rows) -> None:
+    applied_file().write_text("".join(f"{k} {c}\n" for k, c in rows))
+
+
+def export() -> None:
+    """Write the commits base..series to kernel-patches/, numbered, with the cover letter."""
+    if git("status", "--porcelain", "--untracked-files=no"):
+        raise LabError(f"the kernel tree {tree()} has uncommitted changes; commit them first")
+    for old in patches():
+        old.unlink()
+    out = git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
+              "--subject-prefix=PATCH 7.3", "-N", "--output-directory", str(PATCHES), "base..HEAD")
+    head = git("rev-parse", "HEAD")
+    git("checkout", "-q", "-B", "series", head)
+    commits = git("rev-list", "--reverse", "base..HEAD").split()
+    write_applied([(digest(p), c) for p, c in zip(patches(), commits)])
+    (PATCHES / "BASE").write_text(f"{PACKAGE} {(tree() / '.git/lab-version').read_text().strip()}\n")
+    cover = PATCHES / "0000-cover-letter.txt"
+    text = cover.read_text() if cover.exists() else "Subject: [PATCH 7.3 0/0] \n\n"
+    text = re.sub(r"\[PATCH 7.3 0/\d+\]", f"[PATCH 7.3 0/{len(commits)}]", text, count=1)
+    head_text = text.split("\n-- \n")[0].rstrip()
+    stat = git("diff", "--stat=78", "base..HEAD")
+    log = git("log", "--reverse", "--format=  %s", "base..HEAD")
+    cover.write_text(f"{head_text}\n\n-- \n{log}\n\n{stat}\n")
+    say(f"{len(commits)} patches written to kernel-patches/{out}")
+
+
+def discard() -> None:
+    """Drop what was not exported and go back to kernel-patches/."""
+    git("checkout", "-q", "-f", "-B", "series", "base")
+    git("reset", "-q", "--hard", "base")
+    write_applied([])
+    apply_series()
+
+
+def prepare() -> None:
+    """Source unpacked and series applied."""
+    need_program("git")
+    if not (tree() / ".git/lab-version").exists() or \
+            (tree() / ".git/lab-version").read_text().strip() != recorded_version():
+        unpack(fetch())
+    apply_series()
+
+
+# --- the build ------------------------------------------------------------------
+
+def fragments(config: str) -> list:
+    path = CONFIGS / f"{config}.config"
+    if not path.exists():
+        raise LabError(f"no kernel configuration named {config}; there are {', '.join(NAMES)}, "
+                       f"or put tests/lab/config/{config}.config there")
+    common = CONFIGS / "common.config"
+    return [common, path]
+
+
+def check_config(dotconfig: Path, frags: list) -> None:
+    """Every option asked for must have come out, and the lab's own must be there."""
+    text = dotconfig.read_text()
+    have = dict(re.findall(r"^(CONFIG_\w+)=(.*)$", text, re.M))
+    wanted = {}
+    for f in frags:
+        wanted.update(re.findall(r"^(CONFIG_\w+)=(.*)$", f.read_text(), re.M))
+    lost = [f"{k}={v} (is {have.get(k, 'n')})" for k, v in wanted.items()
+            if have.get(k, "n") != v]
+    missing = [f"CONFIG_{o}" for o in REQUIRED if have.get(f"CONFIG_{o}") not in ("y", "m")]
+    if missing:
+        raise LabError("the kernel configuration lacks what the lab needs: " + ", ".join(missing))
+    if lost:
+        raise LabError("the kernel configuration did not take: " + ", ".join(lost)
+                       + "; a dependency is missing in tests/lab/config/")
+
+
+def compiler() -> str:
+    return run(["gcc", "--version"]).splitlines()[0]
+
+
+def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") -> Path:
+    """Build a kernel; the folder returned has bzImage, config, System.map and modules.tar.
+
+    @release is appended to the version, so that two builds can be told apart.
+    """
+    frags = fragments(config)
+    names = [] if unpatched else patches()
+    for tool in ("gcc", "make", "flex", "bison", "bc"):
+        need_program(tool)
+    store = cache_dir() / "kernels"
+    key = digest(recorded_version(), patches_of(names), release, compiler(), *frags)
+    out = store / f"{config}-{key}"
+    if out.exists() and not as_is:
+        os.utime(out)
+        return out
+    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+        if out.exists() and not as_is:
+            return out
+        src = tree()
+        if not as_is:
+            prepare()
+        if unpatched:
+            src = unpatched_tree()
+        if as_is:
+            key = digest(git("rev-parse", "HEAD"), git("diff", "HEAD"), release, *frags)
+            out = store / f"{config}-as-is-{key}"
+            if out.exists():
+                return out
+        compile_kernel(src, config, frags, release, out)
+    prune(store, keep=24)
+    return out
+
+
+def unpatched_tree() -> Path:
+    path = tree().with_name(tree().name + "-base")
+    if not path.exists():
+        git("worktree", "prune")
+        git("worktree", "add", "-q", "--detach", str(path), "base")
+    return path
+
+
+def compile_kernel(src: Path, config: str, frags: list, release: str, out: Path) -> None:
+    need_space(src, 4, f"building the {config} kernel")
+    objs = src / f"build-{config}"
+    objs.mkdir(exist_ok=True)
+    log = objs / "lab.log"
+    log.write_text("")
+    cc = "ccache gcc" if shutil.which("ccache") else "gcc"
+    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "CCACHE_MAXSIZE": "6G",
+           "KBUILD_BUILD_USER": "lab", "KBUILD_BUILD_HOST": "lab",
+           "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 2026"}
+    make = ["make", f"O=build-{config}", f"-j{os.cpu_count()}", f"CC={cc}",
+            f"LOCALVERSION=-{config}{release}"]
+    allconfig = objs / "lab.config"
+    allconfig.write_text("".join(f.read_text() + "\n" for f in frags))
+    run([*make, "allnoconfig"], cwd=src, env={**env, "KCONFIG_ALLCONFIG": str(allconfig)}, log=log,
+        what="configuring the kernel")
+    check_config(objs / ".config", frags)
+    modular = "CONFIG_MODULES=y" in (objs / ".config").read_text()
+    with step(f"building the {config} kernel (log: {log})"):
+        try:
+            run([*make, "bzImage", *(["modules"] if modular else [])], cwd=src, env=env, log=log,
+                what=f"building the {config} kernel")
+        except LabError as e:
+            errors = [x for x in last_lines(log, 4000).splitlines() if re.search(r"\berror\b|\*\*\*", x)]
+            raise LabError(f"building the {config} kernel failed: "
+                           + ("; ".join(errors[:3]) or str(e)) + f"\nthe whole log is {log}") from e
+    with building(out) as tmp:
+        shutil.copy(objs / "arch/x86/boot/bzImage", tmp / "bzImage")
+        shutil.copy(objs / "System.map", tmp / "System.map")
+        shutil.copy(objs / ".config", tmp / "config")
+        (tmp / "release").write_text((objs / "include/config/kernel.release").read_text())
+        if modular:
+            run([*make, "modules_install", f"INSTALL_MOD_PATH={tmp}/mods"], cwd=src, env=env, log=log,
+                what="installing the modules")
+            run(["tar", "-C", tmp / "mods", "-cf", tmp / "modules.tar", "."])
+            shutil.rmtree(tmp / "mods")
+
+
+def prune(store: Path, keep: int) -> None:
+    """Builds are small, but not for ever: the least recently used go."""
+    builds = sorted((p for p in store.iterdir() if not p.name.endswith(".new")),
+                    key=lambda p: p.stat().st_mtime)
+    for old in builds[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def headers() -> None:
+    """Copy the series' uAPI headers that Debian 12 lacks into kho/uapi/."""
+    prepare()
+    dest = PROJECT / "kho" / "uapi" / "linux"
+    dest.mkdir(parents=True, exist_ok=True)
+    for name in ("liveupdate.h", "iommufd.h", "vfio.h"):
+        text = (tree() / "include/uapi/linux" / name).read_text()
+        # What scripts/headers_install.sh does to these files.
+        text = re.sub(r"\b__user\b\s?", "", text).replace("#include <linux/compiler.h>\n", "")
+        (dest / name).write_text(text)
+        say(f"kho/uapi/linux/{name}")

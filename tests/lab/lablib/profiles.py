@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The machines that `lab run` knows by name, and the devices below a root port.
+
+A profile is QEMU arguments, what the kernel's command line needs for it, and the
+QEMU series it is meant for. A device is named by its kind; each gets a root port of its
+own, as passthrough devices have on a real host (`edu` has no PCIe capability and
+sits on the root bus).
+"""
+
+from .common import LabError
+
+PROFILES = {
+    "noiommu": ([], "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off"),
+    "vtd-legacy": (["-device", "intel-iommu,intremap=off"], "intel_iommu=on,sm_off"),
+    "vtd-caching": (["-device", "intel-iommu,intremap=off,caching-mode=on"], "intel_iommu=on,sm_off"),
+    "vtd-scalable": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on"],
+                     "intel_iommu=on,sm_on"),
+    "vtd-first-stage": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on"],
+                        "intel_iommu=on,sm_on"),
+}
+
+# kind -> (QEMU device and options, needs a netdev, needs a disk, below a root port)
+DEVICES = {
+    "e1000e": ("e1000e", True, False, True),
+    "igb": ("igb", True, False, True),
+    "nvme": ("nvme,serial=lab", False, True, True),
+    "virtio-net": ("virtio-net-pci,disable-legacy=on,iommu_platform=on,ats=on", True, False, True),
+    "edu": ("edu", False, False, False),
+}
+
+
+def profile(name: str):
+    if name not in PROFILES:
+        raise LabError(f"no profile named {name}; there are {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def device_args(kinds, netdevs, disks):
+    """QEMU's arguments for the devices @kinds.
+
+    @netdevs and @disks are iterators over ready-made ids of netdevs and drives;
+    one is taken for each device that needs it.
+    """
+    args = []
+    for i, kind in enumerate(kinds):
+        if kind not in DEVICES:
+            raise LabError(f"no device named {kind}; there are {', '.join(DEVICES)}")
+        dev, net, disk, port = DEVICES[kind]
+        bus = ""
+        if port:
+            args += ["-device", f"pcie-root-port,id=rp{i},slot={i + 1},chassis={i + 1},bus=pcie.0"]
+            bus = f",bus=rp{i}"
+        dev += f",id=dev{i}{bus}"
+        if net:
+            dev += f",netdev={next(netdevs)}"
+        if disk:
+            dev += f",drive={next(disks)}"
+        args += ["-device", dev]
+    return args

@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One guest: started, spoken to, kexec'd, stopped; everything it said is kept.
+
+Commands run in the guest through QEMU's own guest agent. A folder of the run is
+shared with it as /lab (9p): kernels go in, results come out. The kernel's
+console (ttyS0) and the journal (ttyS1) are read line by line and written with
+the host's time to console.log and journal.log; QEMU's trace goes to trace.log.
+
+Runs side by side do not disturb each other: each has its own folder, sockets,
+overlay of the disk, and no network of the host.
+"""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .common import LabError, cache_dir, last_lines, need_program, say
+from .profiles import device_args, profile
+
+AGENT_TIMEOUT = 180
+BOOTED = re.compile(r"Linux version (\S+)")
+
+
+@dataclass
+class Result:
+    """What a command in the guest gave."""
+    status: int
+    out: str
+    err: str
+
+
+class Line(str):
+    """A line of a log with the host's time (seconds, monotonic clock)."""
+    when: float = 0.0
+
+
+class Log:
+    """A serial port of the guest, read into a file and a list of stamped lines."""
+
+    def __init__(self, path: Path, sock: socket.socket):
+        self.path, self.lines, self.cond = path, [], threading.Condition()
+        self.sock = sock
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        rest = b""
+        with open(self.path, "wb") as f:
+            while True:
+                try:
+                    data = self.sock.recv(65536)
+                except OSError:
+                    data = b""
+                now = time.monotonic()
+                if not data:
+                    break
+                *full, rest = (rest + data).split(b"\n")
+                for raw in full:
+                    line = Line(raw.decode(errors="replace").rstrip("\r"))
+                    line.when = now
+                    f.write(f"{now:.6f} {line}\n".encode())
+                    with self.cond:
+                        self.lines.append(line)
+                        self.cond.notify_all()
+                f.flush()
+            if rest:
+                f.write(f"{time.monotonic():.6f} ".encode() + rest + b"\n")
+
+    def find(self, pattern: str, start: int = 0):
+        rx = re.compile(pattern)
+        with self.cond:
+            for i in range(start, len(self.lines)):
+                if rx.search(self.lines[i]):
+                    return i
+        return None
+
+    def wait(self, pattern: str, start: int, deadline: float, alive):
+        """Index of the first line from @start on that matches; None at the deadline."""
+        while True:
+            i = self.find(pattern, start)
+            if i is not None:
+                return i
+            if time.monotonic() > deadline or not alive():
+                return None
+            with self.cond:
+                self.cond.wait(0.2)
+
+
+def accelerator() -> str:
+    """KVM if a guest really starts with it, else TCG; found once a boot of the host."""
+    forced = os.environ.get("KHO_LAB_ACCEL")
+    if forced:
+        return forced
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    stamp = cache_dir() / f"accel-{boot}"
+    if not stamp.exists():
+        stamp.write_text("kvm" if kvm_works() else "tcg")
+    return stamp.read_text()
+
+
+def kvm_works() -> bool:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return False
+    with tempfile.TemporaryDirectory() as d:
+        # A boot sector that writes 'K' to the debug port and halts.
+        (Path(d) / "boot").write_bytes(bytes([0xB0, 0x4B, 0xE6, 0xE9, 0xF4]).ljust(510, b"\0")
+                                       + b"\x55\xaa")
+        cmd = ["qemu-system-x86_64", "-accel", "kvm", "-display", "none", "-m", "16", "-drive",
+               f"file={d}/boot,format=raw", "-debugcon", f"file:{d}/out", "-no-reboot"]
+        try:
+            subprocess.run(cmd, timeout=4, capture_output=True, check=False)
+        except (subprocess.TimeoutExpired, FileNotFoundError):
+            pass
+        out = Path(d) / "out"
+        return out.exists() and b"K" in out.read_bytes()
+
+
+class VM:
+    """A guest of the lab.
+
+    @kernel:  folder of a build (kernel.build())
+    @image:   root file system (rootfs.image()), used under an overlay
+    @profile: name of a machine; @devices: kinds below root ports
+    @init:    "systemd" or "bare"
+    @append:  more for the kernel's command line
+    @trace:   QEMU trace events
+    @keep:    name of the run's folder, made below the cache; default: a new one
+    """
+
+    def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
+                 init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
+                 kho_scratch=""):
+        self.kernel, self.image, self.name = Path(kernel), image, name
+        self.machine, self.devices, self.init = machine, list(devices), init
+        self.memory, self.cpus, self.append = memory, cpus, append
+        self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
+        runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
+        runs.mkdir(parents=True, exist_ok=True)
+        prune_runs(runs)
+        self.dir = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%H%M%S')}-{name}-", dir=runs))
+        self.share = self.dir / "share"
+        self.share.mkdir()
+        self.proc = self.qga = self.qmp = None
+        self.senders = []           # host ends of the netdevs, in the order of the devices
+        self.boots = 0
+        self.mark = 0               # line of the console at which the current boot began
+        self._sockdir = tempfile.mkdtemp(prefix="lab-")     # short: a socket's path has 107 bytes
+
+    # --- starting and stopping -----------------------------------------------
+
+    def __enter__(self):
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, exc_type, exc, _tb):
+        if exc is not None and not isinstance(exc, KeyboardInterrupt):
+            say(f"the logs of this guest are in {self.dir}")
+        self.stop()
+
+    def cmdline(self) -> str:
+        parts = ["console=ttyS0,115200", "root=/dev/vda", "rw", "kho=on", "panic=-1", "printk.time=1",
+                 "oops=panic", profile(self.machine)[1]]
+        if self.kho_scratch:
+            parts.append(f"kho_scratch={self.kho_scratch}")
+        if not re.search(r"\bliveupdate=", self.append):
+            parts.append("liveupdate=on")
+        if self.init == "bare":
+            parts.append("init=/usr/lib/khod-lab/bare-init")
+        return " ".join([*parts, self.append]).strip()
+
+    def args(self, fds) -> list:
+        d, s = self.dir, self._sockdir
+        args = [os.environ.get("KHO_QEMU", "qemu-system-x86_64"), "-name", self.name,
+                "-machine", "q35,usb=off,vmport=off", "-accel", accelerator(),
+                "-cpu", "max" if accelerator() == "tcg" else "host",
+                "-m", self.memory, "-smp", str(self.cpus), "-display", "none", "-nodefaults",
+                "-no-user-config", "-rtc", "base=utc",
+                "-kernel", str(self.kernel / "bzImage"), "-append", self.cmdline(),
+                "-chardev", f"socket,id=con,path={s}/con,server=on,wait=on", "-serial", "chardev:con",
+                "-chardev", f"socket,id=jrn,path={s}/jrn,server=on,wait=on", "-serial", "chardev:jrn",
+                "-chardev", f"socket,id=qga,path={s}/qga,server=on,wait=off",
+                "-device", "virtio-serial-pci", "-device",
+                "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
+                "-qmp", f"unix:{s}/qmp,server=on,wait=off", "-device", "virtio-rng-pci",
+                "-drive", f"file={d}/disk.qcow2,if=none,id=root,format=qcow2,cache=unsafe",
+                "-device", "virtio-blk-pci,drive=root",
+                "-virtfs", f"local,path={self.share},mount_tag=lab,security_model=none",
+                "-D", str(d / "trace.log"), "-msg", "timestamp=on"]
+        if self.prealloc:
+            args += ["-object", f"memory-backend-ram,id=ram,size={self.memory},prealloc=on",
+                     "-machine", "memory-backend=ram"]
+        args += profile(self.machine)[0]
+        args += [x for e in self.trace for x in ("-trace", e)]
+        nets, disks = [], []
+        for i, fd in enumerate(fds):
+            args += ["-netdev", f"dgram,id=net{i},local.type=fd,local.str={fd}"]
+            nets.append(f"net{i}")
+        for i in range(self.devices.count("nvme")):
+            args += ["-drive", f"file={d}/nvme{i}.raw,if=none,id=nvme{i},format=raw"]
+            (d / f"nvme{i}.raw").touch()
+            os.truncate(d / f"nvme{i}.raw", 256 << 20)
+            disks.append(f"nvme{i}")
+        return args + device_args(self.devices, iter(nets), iter(disks))
+
+    def start(self):
+        need_program("qemu-img")
+        need_program("qemu-system-x86_64")
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b",
+                        str(self.image), str(self.dir / "disk.qcow2")], check=True)
+        qemu_ends = []
+        for kind in self.devices:
+            if kind in ("e1000e", "igb", "virtio-net"):
+                ours, theirs = net_pair()
+                self.senders.append(ours)
+                qemu_ends.append(theirs)
+        args = self.args([s.fileno() for s in qemu_ends])
+        (self.dir / "command").write_text("\n".join(args) + "\n")
+        (self.dir / "trace.log").touch()
+        with open(self.dir / "qemu.err", "wb") as err:
+            self.proc = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                                         pass_fds=[s.fileno() for s in qemu_ends],
+                                         start_new_session=True)
+        for s in qemu_ends:
+            s.close()
+        self.console = Log(self.dir / "console.log", self.connect("con"))
+        self.journal = Log(self.dir / "journal.log", self.connect("jrn"))
+        self.qmp_connect()
+
+    def connect(self, name: str) -> socket.socket:
+        end = time.monotonic() + 20
+        s = socket.socket(socket.AF_UNIX)
+        while True:
+            try:
+                s.connect(f"{self._sockdir}/{name}")
+                return s
+            except OSError:
+                if self.proc.poll() is not None or time.monotonic() > end:
+                    raise LabError("QEMU did not start: " + last_lines(self.dir / "qemu.err", 5)
+                                   + f"\nits command is in {self.dir}/command") from None
+                time.sleep(0.02)
+
+    def alive(self) -> bool:
+        return self.proc is not None and self.proc.poll() is None
+
+    def stop(self):
+        """End the guest; the logs stay, the disk and the sockets go."""
+        if self.alive():
+            self.proc.send_signal(signal.SIGTERM)
+            try:
+                self.proc.wait(5)
+            except subprocess.TimeoutExpired:
+                self.proc.kill()
+                self.proc.wait()
+        for s in (self.qga, self.qmp, *self.senders):
+            if s:
+                s.close()
+        self.senders = []
+        for f in ("disk.qcow2", *(p.name for p in self.dir.glob("nvme*.raw"))):
+            (self.dir / f).unlink(missing_ok=True)
+        shutil.rmtree(self._sockdir, ignore_errors=True)
+
+    # --- QMP -------------------------------------------------------------------
+
+    def qmp_connect(self):
+        self.qmp = self.connect("qmp")
+        self.qmp.settimeout(20)
+        self.qmp_file = self.qmp.makefile("r")
+        self.qmp_file.readline()
+        self.qmp_do("qmp_capabilities")
+
+    def qmp_do(self, command: str, **arguments):
+        self.qmp.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            answer = json.loads(self.qmp_file.readline() or "{}")
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer or not answer:
+                raise LabError(f"QEMU refused {command}: {answer}")
+
+    # --- the guest agent ---------------------------------------------------------
+
+    def hang(self, what: str):
+        """A guest that does not go on: say so with its last lines."""
+        state = "ended" if not self.alive() else "did not go on in time"
+        tail = "\n".join(list(self.console.lines)[-12:])
+        raise LabError(f"the guest {state}: {what}\n--- last lines of its console ---\n{tail}\n"
+                       f"--- the logs are in {self.dir} ---")
+
+    def agent(self, command: str, timeout: float = 30, **arguments):
+        """One request to the guest agent; None if there was no answer in time."""
+        if self.qga is None:
+            self.qga = self.connect("qga")
+        self.qga.settimeout(timeout)
+        try:
+            self.qga.sendall(json.dumps({"execute": command, "arguments": arguments}).encode()
+                             + b"\n")
+            data = b""
+            while not data.endswith(b"\n"):
+                more = self.qga.recv(1 << 20)
+                if not more:
+                    raise OSError("closed")
+                data += more
+        except OSError:
+            self.qga.close()
+            self.qga = None
+            return None
+        answer = json.loads(data)
+        if "error" in answer:
+            raise LabError(f"the guest agent refused {command}: {answer['error'].get('desc')}")
+        return answer["return"]
+
+    def sync(self, timeout: float) -> bool:
+        """Whether an agent answers; leftovers of an earlier one are thrown away."""
+        token = int.from_bytes(os.urandom(4), "little") & 0x7FFFFFFF
+        if self.qga is None:
+            self.qga = self.connect("qga")
+        self.qga.settimeout(timeout)
+        want = json.dumps({"return": token}).replace(" ", "").encode()
+        try:
+            self.qga.sendall(b"\xff" + json.dumps({"execute": "guest-sync-delimited",
+                                                   "arguments": {"id": token}}).encode() + b"\n")
+            data = b""
+            while want not in data.replace(b" ", b""):
+                more = self.qga.recv(65536)
+                if not more:
+                    raise OSError("closed")
+                data += more
+            return True
+        except OSError:
+            self.qga.close()
+            self.qga = None
+            return False
+
+    def ready(self, timeout: float = AGENT_TIMEOUT):
+        """Wait until the guest of the current boot takes commands."""
+        deadline = time.monotonic() + timeout
+        if self.console.wait(BOOTED.pattern, self.mark, deadline, self.alive) is None:
+            self.hang("no kernel came up")
+        while time.monotonic() < deadline:
+            if not self.alive():
+                self.hang("waiting for its agent")
+            panic = self.console.find(r"Kernel panic - not syncing", self.mark)
+            if panic is not None:
+                time.sleep(0.5)
+                self.hang("the kernel panicked: " + self.console.lines[panic])
+            if self.sync(1):
+                self.boots += 1
+                return self
+        return self.hang(f"its agent did not answer within {timeout:.0f} s")
+
+    def start_command(self, command: str, env=()) -> int:
+        r = self.agent("guest-exec", path="/bin/sh", arg=["-c", command], env=list(env),
+                       **{"capture-output": True})
+        if r is None:
+            self.hang(f"starting '{command}'")
+        return r["pid"]
+
+    def run(self, command: str, timeout: float = 120, check=True) -> Result:
+        """Run a shell command in the guest; with @check a failure is an error."""
+        pid = self.start_command(command)
+        deadline, pause = time.monotonic() + timeout, 0.01
+        while True:
+            r = self.agent("guest-exec-status", pid=pid)
+            if r is None:
+                self.hang(f"running '{command}'")
+            if r["exited"]:
+                break
+            if time.monotonic() > deadline:
+                self.hang(f"'{command}' did not end within {timeout:.0f} s")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
+        text = [base64.b64decode(r.get(k, "")).decode(errors="replace")
+                for k in ("out-data", "err-data")]
+        res = Result(r.get("exitcode", 128 + r.get("signal", 0)), *text)
+        if check and res.status:
+            raise LabError(f"in the guest: '{command}' gave {res.status}\n{res.out[-3000:]}"
+                           f"{res.err[-3000:]}\n--- the logs are in {self.dir} ---")
+        return res
+
+    # --- kexec ---------------------------------------------------------------------
+
+    def put_kernel(self, kernel: Path) -> str:
+        """Make a build visible to the guest; its path there."""
+        dest = self.share / f"bzImage-{Path(kernel).name}"
+        if not dest.exists():
+            shutil.copy(Path(kernel) / "bzImage", dest)
+        return f"/lab/{dest.name}"
+
+    def load(self, kernel: Path = None, append: str = ""):
+        """kexec_file_load in the guest."""
+        path = self.put_kernel(kernel or self.kernel)
+        cmdline = f"{self.cmdline()} {append}".strip()
+        self.run(f"kexec -s -l {path} --command-line='{cmdline}'")
+
+    def next_boot(self, what: str, timeout: float = AGENT_TIMEOUT):
+        """Wait for the next kernel and its agent after @what was started."""
+        deadline = time.monotonic() + timeout
+        i = self.console.wait(BOOTED.pattern, self.mark, deadline, self.alive)
+        if i is None:
+            self.hang(f"no new kernel after {what}")
+        self.mark = i
+        return self.ready(max(deadline - time.monotonic(), 1))
+
+    def kexec(self, kernel: Path = None, append: str = "", timeout: float = AGENT_TIMEOUT):
+        """Load @kernel (default: the same) and kexec into it, by systemd or directly."""
+        self.load(kernel, append)
+        return self.reboot_loaded(timeout)
+
+    def reboot_loaded(self, timeout: float = AGENT_TIMEOUT):
+        self.mark = len(self.console.lines)
+        self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
+        return self.next_boot("the kexec", timeout)
+
+    def release(self) -> str:
+        return self.run("uname -r").out.strip()
+
+
+def net_pair():
+    """A pair of datagram sockets with buffers large enough that the host never drops."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for s in (ours, theirs):
+        for plain, force in ((socket.SO_SNDBUF, 32), (socket.SO_RCVBUF, 33)):
+            with contextlib.suppress(OSError):
+                s.setsockopt(socket.SOL_SOCKET, plain, 64 << 20)
+            with contextlib.suppress(OSError):
+                s.setsockopt(socket.SOL_SOCKET, force, 64 << 20)
+    return ours, theirs
+
+
+def prune_runs(runs: Path, keep: int = 60):
+    old = sorted((p for p in runs.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    for p in old[:-keep]:
+        shutil.rmtree(p, ignore_errors=True)
