@@ -1,0 +1,243 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KHO_CLIENT_H
+#define KHO_CLIENT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <kho/error.h>
+#include <kho/ops.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** KHO_SOCKET - where khod listens */
+#define KHO_SOCKET "/run/khod/khod.sock"
+
+/**
+ * struct kho_client - a connection to khod
+ *
+ * Calls block until khod has answered or its deadline has passed (-ETIMEDOUT).
+ * A refusal by khod has khod's errno, and an error that names the object and the
+ * reason. After an error of the transport the connection is dead (-ENOTCONN).
+ */
+struct kho_client;
+
+/**
+ * kho_client_connect() - connect and agree on a version
+ * @kho: handle, must outlive the client
+ * @path: socket; NULL: KHO_SOCKET
+ * @ret: the client, freed with kho_client_free()
+ * @err: error
+ *
+ * Return: 0, -ENOENT or -ECONNREFUSED (khod does not listen), -EPROTO (no common
+ * version), -errno.
+ */
+int kho_client_connect(struct kho *kho, const char *path, struct kho_client **ret,
+		       struct kho_error **err);
+/** kho_client_free() - disconnect; NULL is allowed. Return: NULL. */
+struct kho_client *kho_client_free(struct kho_client *client);
+
+/**
+ * struct kho_client_file - a descriptor to register
+ * @name: its name, unique in the workload
+ * @fd: the descriptor, borrowed: khod gets its own
+ */
+struct kho_client_file {
+	const char *name;
+	int fd;
+};
+
+/**
+ * kho_client_register() - give descriptors into khod's custody
+ * @client: connection
+ * @name: name of the workload
+ * @files: what to keep
+ * @n_files: 1 to KHO_IMAGE_FILES_MAX
+ * @secret: claim secret, so that whoever knows it may claim; NULL: uid and unit decide
+ * @secret_size: KHO_SECRET_MIN to KHO_SECRET_MAX bytes, 0 without a secret
+ * @err: error
+ *
+ * When this returns 0 every descriptor is preserved in the workload's own LUO
+ * session, and survives the client, khod, and the kernel. From then until the
+ * claim is acknowledged a memfd's contents may change but not its size.
+ * Return: 0, -EEXIST (name in use), -EBUSY (a memfd is preserved already),
+ * -EDQUOT (a limit), -errno. -ECONNRESET: unknown, ask kho_client_list().
+ */
+int kho_client_register(struct kho_client *client, const char *name,
+			const struct kho_client_file *files, size_t n_files, const void *secret,
+			size_t secret_size, struct kho_error **err);
+
+/** struct kho_claim - descriptors received for a claim, until acknowledged still in custody */
+struct kho_claim;
+
+/**
+ * kho_client_claim() - ask for the descriptors of a workload
+ * @client: connection
+ * @name: name of the workload
+ * @secret: claim secret, or NULL
+ * @secret_size: its size in bytes
+ * @ret: the claim, freed with kho_claim_free()
+ * @err: error
+ *
+ * Nothing changes until kho_client_claim_ack(): a client that dies before it can
+ * claim again.
+ * Return: 0, -ENOENT, -EPERM, -EBUSY (being claimed by another client), -errno.
+ */
+int kho_client_claim(struct kho_client *client, const char *name, const void *secret,
+		     size_t secret_size, struct kho_claim **ret, struct kho_error **err);
+/**
+ * kho_client_claim_ack() - end khod's custody
+ * @client: the connection that claimed
+ * @claim: the claim, its descriptors stay the caller's
+ * @err: error
+ *
+ * Return: 0: nothing of the workload is preserved any more. -ECONNRESET: the
+ * descriptors are good, whether custody ended is unknown.
+ */
+int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
+			 struct kho_error **err);
+/** kho_claim_free() - closes the descriptors that were not taken; NULL is allowed. Return: NULL. */
+struct kho_claim *kho_claim_free(struct kho_claim *claim);
+size_t kho_claim_n_files(const struct kho_claim *claim);
+/** kho_claim_handovers() - how many kernels it has been carried into */
+uint32_t kho_claim_handovers(const struct kho_claim *claim);
+/** kho_claim_name() - the client's name of the @index-th file, NULL if none; owned by the claim */
+const char *kho_claim_name(const struct kho_claim *claim, size_t index);
+/** kho_claim_fd() - the @index-th descriptor, still owned by the claim; -1 if none or taken */
+int kho_claim_fd(const struct kho_claim *claim, size_t index);
+/** kho_claim_take_fd() - the @index-th descriptor (close-on-exec), now the caller's; -1 if none */
+int kho_claim_take_fd(struct kho_claim *claim, size_t index);
+
+/**
+ * kho_client_release() - discard a workload
+ * @client: connection
+ * @name: name of the workload
+ * @secret: claim secret, or NULL
+ * @secret_size: its size in bytes
+ * @err: error
+ *
+ * Return: 0, -ENOENT, -EPERM, -EBUSY, -errno.
+ */
+int kho_client_release(struct kho_client *client, const char *name, const void *secret,
+		       size_t secret_size, struct kho_error **err);
+
+enum kho_workload_state {
+	KHO_WORKLOAD_HELD = 1,
+	KHO_WORKLOAD_CLAIMING = 2,
+	KHO_WORKLOAD_UNREADABLE = 3,
+	KHO_WORKLOAD_FAILED = 4,
+};
+/** kho_workload_state_name() - "held" etc.; "unknown" for what this library does not know */
+const char *kho_workload_state_name(enum kho_workload_state state);
+
+/**
+ * struct kho_workload_file - one file of a listed workload
+ * @name: the client's name
+ * @kind: "memfd" etc.
+ * @token: LUO token
+ * @size: bytes
+ */
+struct kho_workload_file {
+	const char *name;
+	const char *kind;
+	uint64_t token;
+	uint64_t size;
+};
+
+/**
+ * struct kho_workload - one listed workload
+ * @name: its name
+ * @unit: systemd unit it was registered from, or ""
+ * @session: name of its LUO session
+ * @reason: why it is not simply held, or ""
+ * @state: where it stands
+ * @uid: its owner
+ * @handovers: kernels it has been carried into
+ * @registered_usec: CLOCK_REALTIME
+ * @secret: a claim secret is set
+ * @n_files: files in it
+ * @bytes: sum of their sizes
+ * @files: @n_files of them; NULL unless from kho_client_show()
+ */
+struct kho_workload {
+	const char *name;
+	const char *unit;
+	const char *session;
+	const char *reason;
+	enum kho_workload_state state;
+	uint32_t uid;
+	uint32_t handovers;
+	uint64_t registered_usec;
+	bool secret;
+	size_t n_files;
+	uint64_t bytes;
+	const struct kho_workload_file *files;
+};
+
+/** struct kho_workloads - an answer with workloads in it */
+struct kho_workloads;
+/** kho_workloads_free() - NULL is allowed. Return: NULL. */
+struct kho_workloads *kho_workloads_free(struct kho_workloads *workloads);
+size_t kho_workloads_n(const struct kho_workloads *workloads);
+/** kho_workloads_get() - the @index-th, owned by @workloads; NULL if none */
+const struct kho_workload *kho_workloads_get(const struct kho_workloads *workloads, size_t index);
+
+/** kho_client_list() - the caller's workloads (root: all), without their files. Return: 0 or -errno. */
+int kho_client_list(struct kho_client *client, struct kho_workloads **ret,
+		    struct kho_error **err);
+/** kho_client_show() - one workload with its files. Return: 0, -ENOENT, -EPERM or -errno. */
+int kho_client_show(struct kho_client *client, const char *name, struct kho_workloads **ret,
+		    struct kho_error **err);
+
+/**
+ * struct kho_status - how khod is
+ * @server: program and version
+ * @liveupdate: the kernel can carry files over
+ * @liveupdate_reason: if not: why, and what to do
+ * @retrieve_outgoing: what is held can be given back before a kexec
+ * @fdstore: systemd keeps khod's sessions
+ * @fault_points: a test build
+ * @fdstore_used: descriptors in systemd's store
+ * @fdstore_max: room in it
+ * @workloads: how many are known
+ * @workloads_failed: how many of them failed
+ * @connections: clients connected
+ * @bytes: sum over all workloads
+ * @boot_id: of the running kernel
+ * @kernel_release: of the running kernel
+ */
+struct kho_status {
+	const char *server;
+	const char *liveupdate_reason;
+	const char *boot_id;
+	const char *kernel_release;
+	bool liveupdate;
+	bool retrieve_outgoing;
+	bool fdstore;
+	bool fault_points;
+	uint32_t fdstore_used;
+	uint32_t fdstore_max;
+	uint32_t workloads;
+	uint32_t workloads_failed;
+	uint32_t connections;
+	uint64_t bytes;
+};
+
+/**
+ * kho_client_status() - how khod is
+ * @ret: receives it, freed with kho_status_free(); strings belong to it
+ *
+ * Return: 0 or -errno.
+ */
+int kho_client_status(struct kho_client *client, struct kho_status **ret,
+		      struct kho_error **err);
+/** kho_status_free() - NULL is allowed. Return: NULL. */
+struct kho_status *kho_status_free(struct kho_status *status);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

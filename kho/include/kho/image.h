@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KHO_IMAGE_H
+#define KHO_IMAGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <kho/error.h>
+#include <kho/ops.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KHO_IMAGE_MAGIC "KHOIMAGE"
+/** KHO_IMAGE_VERSION - format version written by this library */
+#define KHO_IMAGE_VERSION 1
+/** KHO_IMAGE_HEADER_SIZE - bytes before the payload */
+#define KHO_IMAGE_HEADER_SIZE 128
+/** KHO_IMAGE_PAYLOAD_MAX - bytes; a longer payload is refused before anything is allocated */
+#define KHO_IMAGE_PAYLOAD_MAX (64u << 20)
+/** KHO_IMAGE_FILES_MAX - files in one workload */
+#define KHO_IMAGE_FILES_MAX 1024
+/** KHO_NAME_MAX - bytes in the name of a workload or a file, without the NUL */
+#define KHO_NAME_MAX 48
+/** KHO_IMAGE_UNIT_MAX - bytes in a unit's name, without the NUL (systemd's own limit) */
+#define KHO_IMAGE_UNIT_MAX 255
+/** KHO_SECRET_MIN and KHO_SECRET_MAX - bytes in a claim secret */
+#define KHO_SECRET_MIN 16
+#define KHO_SECRET_MAX 64
+/** KHO_TOKEN_IMAGE - LUO token of the image in its session; files count from 1 */
+#define KHO_TOKEN_IMAGE 0
+
+enum kho_file_kind {
+	KHO_FILE_MEMFD = 1,
+};
+
+/** kho_file_kind_name() - "memfd" etc.; NULL for an unknown kind; static */
+const char *kho_file_kind_name(enum kho_file_kind kind);
+
+/**
+ * kho_name_valid() - may this be the name of a workload or of a file?
+ *
+ * 1 to KHO_NAME_MAX of A-Z a-z 0-9 _ . @ -, not beginning with a dot or a dash.
+ */
+bool kho_name_valid(const char *name);
+
+/**
+ * struct kho_image - what is known about one workload
+ *
+ * In memory it is a plain model; on disk and in a memfd it is a fixed header and
+ * a protobuf payload (docs/formats/image.md). Strings returned by accessors are
+ * owned by the image.
+ */
+struct kho_image;
+
+/**
+ * struct kho_image_file - one descriptor of a workload
+ * @name: the client's name
+ * @kind: what it is
+ * @token: LUO token, unique in the image, never KHO_TOKEN_IMAGE
+ * @size: bytes
+ * @seals: F_SEAL_* at registration
+ */
+struct kho_image_file {
+	const char *name;
+	enum kho_file_kind kind;
+	uint32_t seals;
+	uint64_t token;
+	uint64_t size;
+};
+
+/**
+ * kho_image_new() - an empty image of a workload
+ * @ret: the image, freed with kho_image_free()
+ * @name: name of the workload
+ * @uid: its owner
+ * @unit: systemd unit of its owner; NULL or "": none
+ * @err: error
+ *
+ * Return: 0, -EINVAL, -ENOMEM.
+ */
+int kho_image_new(struct kho_image **ret, const char *name, uint32_t uid, const char *unit,
+		  struct kho_error **err);
+/** kho_image_free() - NULL is allowed. Return: NULL. */
+struct kho_image *kho_image_free(struct kho_image *image);
+
+const char *kho_image_name(const struct kho_image *image);
+uint32_t kho_image_uid(const struct kho_image *image);
+const char *kho_image_unit(const struct kho_image *image);
+uint32_t kho_image_handovers(const struct kho_image *image);
+uint64_t kho_image_registered_usec(const struct kho_image *image);
+const char *kho_image_writer(const struct kho_image *image);
+const char *kho_image_boot_id(const struct kho_image *image);
+const char *kho_image_kernel_release(const struct kho_image *image);
+uint64_t kho_image_written_usec(const struct kho_image *image);
+bool kho_image_has_secret(const struct kho_image *image);
+size_t kho_image_n_files(const struct kho_image *image);
+/** kho_image_bytes() - sum of the sizes of all files */
+uint64_t kho_image_bytes(const struct kho_image *image);
+
+/**
+ * kho_image_file() - the @index-th file
+ * @file: receives it; its name is owned by the image
+ *
+ * Return: 0, or -ENOENT.
+ */
+int kho_image_file(const struct kho_image *image, size_t index, struct kho_image_file *file);
+
+/**
+ * kho_image_add_file() - append a file
+ * @image: the image
+ * @file: copied; names and tokens must be unique in the image
+ * @err: error
+ *
+ * Return: 0, -EEXIST, -E2BIG (KHO_IMAGE_FILES_MAX), -EINVAL, -ENOMEM.
+ */
+int kho_image_add_file(struct kho_image *image, const struct kho_image_file *file,
+		       struct kho_error **err);
+
+void kho_image_set_handovers(struct kho_image *image, uint32_t handovers);
+void kho_image_set_registered_usec(struct kho_image *image, uint64_t usec);
+
+/**
+ * kho_image_set_origin() - who writes it, where
+ * @boot_id: of the running kernel
+ * @kernel_release: of the running kernel
+ * @usec: CLOCK_REALTIME
+ *
+ * Return: 0, -EINVAL, -ENOMEM.
+ */
+int kho_image_set_origin(struct kho_image *image, const char *boot_id,
+			 const char *kernel_release, uint64_t usec, struct kho_error **err);
+
+/**
+ * kho_image_set_secret() - set a claim secret
+ * @kho: handle, for the salt
+ * @secret: the secret; only a salted hash of it is kept
+ * @size: KHO_SECRET_MIN to KHO_SECRET_MAX bytes
+ *
+ * Return: 0, -EINVAL, -errno.
+ */
+int kho_image_set_secret(struct kho *kho, struct kho_image *image, const void *secret,
+			 size_t size, struct kho_error **err);
+/** kho_image_check_secret() - true if a secret is set and @secret is it; takes constant time */
+bool kho_image_check_secret(const struct kho_image *image, const void *secret, size_t size);
+
+/**
+ * kho_image_encode() - image to bytes
+ * @image: the image
+ * @buf: receives the bytes, freed with free()
+ * @size: receives their number
+ * @err: error
+ *
+ * Return: 0, -E2BIG, -ENOMEM.
+ */
+int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
+		     struct kho_error **err);
+
+/**
+ * kho_image_decode() - bytes to image
+ * @buf: the bytes, trusted in nothing
+ * @size: their number
+ * @ret: the image; untouched on error
+ * @err: error
+ *
+ * Return: 0; -EBADMSG (magic, checksum, truncated, malformed), -EFBIG (over a
+ * cap), -EOPNOTSUPP (a newer format, or a feature that must be understood),
+ * -EINVAL (a value that no writer writes), -ENOMEM.
+ */
+int kho_image_decode(const void *buf, size_t size, struct kho_image **ret,
+		     struct kho_error **err);
+
+/**
+ * kho_image_write_memfd() - image to a new, sealed memfd
+ *
+ * Return: the memfd, owned by the caller, or -errno.
+ */
+int kho_image_write_memfd(struct kho *kho, const struct kho_image *image,
+			  struct kho_error **err);
+
+/**
+ * kho_image_read_fd() - image from a file
+ * @kho: handle
+ * @fd: a memfd or regular file, borrowed; its offset is neither used nor moved
+ * @require_seals: refuse what is not sealed against any change
+ * @ret: the image; untouched on error
+ * @err: error
+ *
+ * Return: 0, -EPERM (not sealed), else as kho_image_decode(), or -errno.
+ */
+int kho_image_read_fd(struct kho *kho, int fd, bool require_seals, struct kho_image **ret,
+		      struct kho_error **err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

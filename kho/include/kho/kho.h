@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KHO_KHO_H
+#define KHO_KHO_H
+
+#include <kho/client.h>
+#include <kho/error.h>
+#include <kho/image.h>
+#include <kho/luo.h>
+#include <kho/ops.h>
+
+#endif
