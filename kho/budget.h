@@ -3,6 +3,7 @@
 #define KHO_BUDGET_H
 
 #include <protobuf-c/protobuf-c.h>
+#include <stdbool.h>
 #include <stdlib.h>
 
 /*
