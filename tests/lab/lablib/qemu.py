@@ -135,16 +135,18 @@ class VM:
     @init:    "systemd" or "bare"
     @append:  more for the kernel's command line
     @trace:   QEMU trace events
-    @keep:    name of the run's folder, made below the cache; default: a new one
+    @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
+              compacts before anything else (with a bare init: before kexec() returns)
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch=""):
+                 kho_scratch="", pressure=False):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
         self.memory, self.cpus, self.append = memory, cpus, append
         self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
+        self.pressure = pressure
         runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
         runs.mkdir(parents=True, exist_ok=True)
         prune_runs(runs)
@@ -404,6 +406,8 @@ class VM:
     def load(self, kernel: Path = None, append: str = ""):
         """kexec_file_load in the guest."""
         path = self.put_kernel(kernel or self.kernel)
+        if self.pressure:
+            append += " init_on_free=1 lab.pressure"
         cmdline = f"{self.cmdline()} {append}".strip()
         self.run(f"kexec -s -l {path} --command-line='{cmdline}'")
 
@@ -424,7 +428,10 @@ class VM:
     def reboot_loaded(self, timeout: float = AGENT_TIMEOUT):
         self.mark = len(self.console.lines)
         self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
-        return self.next_boot("the kexec", timeout)
+        self.next_boot("the kexec", timeout)
+        if self.pressure and self.init == "bare":
+            self.run("/usr/lib/khod-lab/memory-pressure")
+        return self
 
     def release(self) -> str:
         return self.run("uname -r").out.strip()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""make bench: each figure with its baseline, from alternating pairs of the same run.
+
+blackout     reboot(2) to the first instruction of userspace
+service gap  a workload stopped to the same workload running again
+
+Baseline and measured alternate in one guest, so that both see the same machine;
+pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them.
+"""
+
+from . import kernel, stats, timeline
+from .common import LabError, cache_dir
+from .images import full_image
+from .qemu import VM
+
+WIDTH = 0.01
+TOOLS = "/usr/lib/khod/tests"
+MEMORY = 1 << 30
+
+
+def plain(vm):
+    """No khod at all."""
+    return "lab.no-khod"
+
+
+def idle(vm):
+    """khod holds nothing."""
+    return ""
+
+
+def khod_memory(vm):
+    """khod preserves a memfd of 1 GiB."""
+    vm.run(f"khoctl list | grep -q bench || {TOOLS}/memfd-pages --create {MEMORY} -- "
+           "khoctl register bench --fd 3", 300)
+    return ""
+
+
+def systemd_memory(vm):
+    """The same memfd in systemd's own fd store."""
+    vm.run("systemctl start lab-fdstore.service", 300)
+    return "lab.no-khod"
+
+
+def drop_memory(vm):
+    vm.run("khoctl release bench 2>/dev/null; systemctl stop lab-fdstore.service; "
+           "systemctl clean --what=fdstore lab-fdstore.service", check=False)
+
+
+PAIRS = {
+    "idle": ("khod holding nothing / plain systemctl kexec", plain, idle),
+    "memory": ("1 GiB memfd in khod / in systemd's fd store", systemd_memory, khod_memory),
+}
+
+
+def one(vm, setup) -> timeline.Timeline:
+    """One kexec with what @setup arranged."""
+    append = setup(vm)
+    vm.load(append=append)
+    start = vm.mark = len(vm.console.lines)
+    vm.run("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec", check=False)
+    vm.next_boot("systemctl kexec", 240)
+    vm.run("systemctl start lab-workload.service")
+    line = vm.console.wait(timeline.MARKS[-1][1], start, vm.console.lines[-1].when + 60, vm.alive)
+    if line is None:
+        vm.hang("the lab's workload did not start")
+    return timeline.of(vm.console, start)
+
+
+def measure(name, limit) -> None:
+    text, baseline, measured = PAIRS[name]
+    got = {"blackout": [], "service gap": []}
+    phases = {"baseline": [], "measured": []}
+    print(f"\n{text}", flush=True)
+    with VM(kernel.build("minimal"), full_image(), name=f"bench-{name}", memory="5G", prealloc=True,
+            append="lab.workload") as vm:
+        vm.ready()
+        one(vm, plain)      # the first kexec of a guest is not like the later ones
+        for n in range(1, limit + 1):
+            row = []
+            for kind, setup in (("baseline", baseline), ("measured", measured)):
+                drop_memory(vm)
+                t = one(vm, setup)
+                row.append(t)
+                phases[kind].append(t)
+            got["blackout"].append(tuple(t.blackout for t in row))
+            got["service gap"].append(tuple(t.service_gap for t in row))
+            ratios = {k: stats.ratio(v) for k, v in got.items()}
+            if all(r.narrow(WIDTH) for r in ratios.values()):
+                break
+    for k, r in ratios.items():
+        means = [sum(x) / n for x in zip(*got[k])]
+        print(f"  {k:12} {means[1]:7.3f} s against {means[0]:7.3f} s: {r}")
+    for kind, rows in phases.items():
+        print(f"  phases, {kind}: " + ", ".join(
+            f"{name} {sum(length for t in rows for p, _, length in t.phases if p == name) / len(rows):.2f} s"
+            for name, _, _ in rows[-1].phases))
+
+
+def main(names, limit) -> int:
+    for n in names:
+        if n not in PAIRS:
+            raise LabError(f"no figure named {n}; there are {', '.join(PAIRS)}")
+    print(f"cache {cache_dir()}; at most {limit} pairs each")
+    for n in names or PAIRS:
+        measure(n, limit)
+    return 0

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line: one function per verb, thin over the modules."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from . import bench, check, demo, kernel, rootfs
+from .common import LabError, cache_dir, say
+from .profiles import DEVICES, PROFILES
+from .images import full_image
+from .qemu import VM
+
+
+def verb_kernel(a):
+    if a.action == "build":
+        print(kernel.build(a.config, as_is=a.as_is, unpatched=a.unpatched, release=a.release))
+    elif a.action == "tree":
+        kernel.prepare()
+        print(kernel.tree())
+    else:
+        {"export": kernel.export, "discard": kernel.discard, "headers": kernel.headers}[a.action]()
+
+
+def verb_rootfs(a):
+    print(rootfs.base(a.part) if a.part in ("run", "build") else
+          rootfs.package() if a.part == "package" else full_image())
+
+
+def guest(a) -> VM:
+    """The guest that the options of `run` and `loop` describe."""
+    return VM(kernel.build(a.kernel), full_image(), name=a.verb, machine=a.machine,
+              devices=a.device, init=a.init, memory=a.memory, cpus=a.cpus, append=a.append,
+              trace=a.trace, pressure=a.pressure)
+
+
+def verb_run(a):
+    with guest(a) as vm:
+        vm.ready()
+        say(f"{vm.release()} is up; logs: {vm.dir}")
+        if a.command:
+            r = vm.run(shlex.join(a.command) if len(a.command) > 1 else a.command[0], a.timeout,
+                       check=False)
+            sys.stdout.write(r.out)
+            sys.stderr.write(r.err)
+            return r.status
+        say("a line is a command for the guest; 'kexec' replaces its kernel; end with ctrl-D")
+        for line in sys.stdin:
+            if line.strip() == "kexec":
+                say(f"now {vm.kexec().release()}")
+                continue
+            r = vm.run(line, a.timeout, check=False)
+            sys.stdout.write(r.out + r.err)
+            sys.stdout.flush()
+    return 0
+
+
+def verb_loop(a):
+    """N kexecs in a row; the first failure ends it, with the logs of that run kept."""
+    other = kernel.build(a.next) if a.next else None
+    with guest(a) as vm:
+        vm.ready()
+        for i in range(1, a.count + 1):
+            start = len(vm.console.lines)
+            vm.kexec(other if i % 2 and other else None)
+            if a.command:
+                vm.run(shlex.join(a.command) if len(a.command) > 1 else a.command[0], a.timeout)
+            took = vm.console.lines[-1].when - vm.console.lines[start].when
+            print(f"kexec {i} of {a.count}: {vm.release()} up, {took:.1f} s", flush=True)
+    return 0
+
+
+def verb_check(a):
+    if a.list:
+        for t in check.load():
+            print(f"{t.part or 'check':10} {t.name}")
+        return 0
+    if a.verb == "check-long":
+        return check.check_long(a.names, a.fresh)
+    return check.check(a.names, a.jobs, a.with_unit_tests)
+
+
+def verb_demo(_a):
+    return demo.main()
+
+
+def verb_bench(a):
+    return bench.main(a.names, a.pairs)
+
+
+def verb_cache(_a):
+    print(cache_dir())
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="lab", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    k = verbs.add_parser("kernel", help="fetch, patch, build and export the kernel", description="""
+tree     unpack Debian's source, apply kernel-patches/ as commits on the branch `series`,
+         print the folder; edit the commits there
+build    build it (cached by source version, patches, configuration and compiler); prints the folder
+export   write the commits back to kernel-patches/, numbered, with the cover letter's list
+discard  drop commits and changes that were not exported
+headers  copy the uAPI headers that libkho needs from the tree to kho/uapi/""",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    k.add_argument("action", choices=("tree", "build", "export", "discard", "headers"))
+    k.add_argument("--config", default="minimal", help="minimal (default), modular or debug")
+    k.add_argument("--unpatched", action="store_true", help="Debian's source without the series")
+    k.add_argument("--as-is", action="store_true", help="the tree as it stands, not exported commits too")
+    k.add_argument("--release", default="", help="appended to the kernel's version, e.g. -b")
+    k.set_defaults(run=verb_kernel)
+
+    r = verbs.add_parser("rootfs", help="build the guest's root file system", description="""
+run      the Debian root that guests boot (systemd >= 262)
+build    the same with compilers: what runs in the guest is built against its own libraries
+package  this project as a Debian package
+image    all of it as a disk image (default)""",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    r.add_argument("part", nargs="?", default="image", choices=("run", "build", "package", "image"))
+    r.set_defaults(run=verb_rootfs)
+
+    for name, fn, text in (("run", verb_run, "boot a guest and run a command in it, or lines from stdin"),
+                           ("loop", verb_loop, "kexec a guest N times in a row")):
+        g = verbs.add_parser(name, help=text, description=text)
+        if name == "loop":
+            g.add_argument("count", type=int, metavar="N")
+            g.add_argument("--next", help="alternate with this kernel configuration")
+        g.add_argument("--kernel", default="minimal", metavar="CONFIG", help="default: minimal")
+        g.add_argument("--machine", default="noiommu", help=", ".join(PROFILES))
+        g.add_argument("--device", action="append", default=[], help=", ".join(DEVICES))
+        g.add_argument("--init", default="systemd" if name == "run" else "bare",
+                       choices=("systemd", "bare"))
+        g.add_argument("--memory", default="1G")
+        g.add_argument("--cpus", type=int, default=1)
+        g.add_argument("--append", default="", help="more for the kernel's command line")
+        g.add_argument("--trace", action="append", default=[], help="a QEMU trace event")
+        g.add_argument("--pressure", action="store_true",
+                       help="each new kernel poisons freed memory, uses up all that is free, compacts")
+        g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds")
+        g.add_argument("command", nargs="*", metavar="COMMAND", help="after --")
+        g.set_defaults(run=fn)
+
+    for name, text in (("check", "the quick tests"), ("check-long", "the long parts, named or all")):
+        t = verbs.add_parser(name, help=text, description=text)
+        t.add_argument("names", nargs="*", help="parts of names of tests, or of check-long")
+        t.add_argument("--list", action="store_true", help="list all tests and their parts")
+        t.add_argument("--jobs", type=int, default=2)
+        t.add_argument("--with-unit-tests", action="store_true", help="build on this host first")
+        t.add_argument("--fresh", action="store_true", help="run parts again that passed on this tree")
+        t.set_defaults(run=verb_check)
+
+    d = verbs.add_parser("demo", help="show a kexec that carries a workload's memory")
+    d.set_defaults(run=verb_demo)
+
+    b = verbs.add_parser("bench", help="figures, each with its baseline from the same run")
+    b.add_argument("names", nargs="*")
+    b.add_argument("--pairs", type=int, default=30, help="at most so many pairs (default 30)")
+    b.set_defaults(run=verb_bench)
+
+    c = verbs.add_parser("cache", help="print the folder of the cache")
+    c.set_defaults(run=verb_cache)
+    return p
+
+
+def main():
+    a = parser().parse_args()
+    try:
+        return a.run(a) or 0
+    except LabError as e:
+        print(f"lab: error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

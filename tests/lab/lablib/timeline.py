@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The phases of one kexec, read from the host's stamps on the guest's console.
+
+Nothing here is what the guest says of itself: each mark is the moment at which
+a line arrived at the host.
+"""
+
+from dataclasses import dataclass
+
+from .common import LabError
+
+# Name of the phase that begins at the mark, pattern of the mark; in order.
+MARKS = (
+    ("stopping services", r"lab: kexec requested"),
+    ("old kernel", r"Rebooting with kexec"),
+    ("new kernel decompresses", r"Starting new kernel"),
+    ("new kernel boots", r"Linux version "),
+    ("systemd starts", r"Run /\S+ as init process"),
+    ("khod restores", r"lab: khod is started"),
+    ("workload starts", r"lab: khod is ready"),
+    ("", r"lab: workload runs"),
+)
+STOPPED = r"lab: workload stopped"
+
+
+@dataclass
+class Timeline:
+    """Marks of one kexec: (phase, start in seconds since the request, length in s)."""
+    phases: list
+    blackout: float         # reboot(2) to the first instruction of userspace, s
+    service_gap: float      # workload stopped to workload running again, s (0: no workload)
+    total: float            # request to the last mark, s
+
+
+def of(console, start: int) -> Timeline:
+    """The timeline of the kexec that was requested at line @start of @console."""
+    found, at = [], start
+    for name, pattern in MARKS:
+        i = console.find(pattern, at)
+        if i is None:
+            continue        # without khod or a workload there are no such lines
+        found.append((name, console.lines[i].when))
+        at = i
+    when = dict(found)
+    for need in ("old kernel", "systemd starts"):
+        if need not in when:
+            raise LabError(f"the console shows no line for '{need}' after the kexec was requested")
+    begin = found[0][1]
+    ends = [t for _, t in found[1:]] + [found[-1][1]]
+    phases = [(n, t - begin, e - t) for (n, t), e in zip(found, ends) if n]
+    stopped, running = console.find(STOPPED, start), console.find(MARKS[-1][1], start)
+    gap = console.lines[running].when - console.lines[stopped].when if stopped and running else 0.0
+    return Timeline(phases, when["systemd starts"] - when["old kernel"], gap, found[-1][1] - begin)
+
+
+def bars(t: Timeline, width: int = 50) -> str:
+    """The phases as a bar chart of text."""
+    scale = width / max(t.total, 0.001)
+    rows = []
+    for name, start, length in t.phases:
+        left, size = round(start * scale), max(round(length * scale), 1)
+        rows.append(f"  {name:24}{' ' * left}{'#' * size}{' ' * max(width - left - size, 0)}"
+                    f" {length:7.2f} s")
+    return "\n".join(rows)
+
+
+def svg(t: Timeline, title: str) -> str:
+    """The same as a picture."""
+    scale, row, left = 700 / max(t.total, 0.001), 26, 200
+    height = row * (len(t.phases) + 3)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height}" '
+           f'font-family="sans-serif" font-size="13"><rect width="980" height="{height}" '
+           f'fill="white"/><text x="10" y="20" font-size="15">{title}</text>']
+    dark = {"old kernel", "new kernel decompresses", "new kernel boots"}
+    for i, (name, start, length) in enumerate(t.phases):
+        y = row * (i + 1) + 10
+        colour = "#c0392b" if name in dark else "#2e86c1"
+        out.append(f'<text x="10" y="{y + 16}">{name}</text><rect x="{left + start * scale:.1f}" '
+                   f'y="{y}" width="{max(length * scale, 1):.1f}" height="{row - 6}" fill="{colour}"/>'
+                   f'<text x="{min(left + (start + length) * scale + 4, 910):.1f}" y="{y + 16}">'
+                   f'{length:.2f} s</text>')
+    y = row * (len(t.phases) + 2)
+    out.append(f'<text x="10" y="{y + 10}">blackout (red) {t.blackout:.2f} s, service gap '
+               f'{t.service_gap:.2f} s</text></svg>')
+    return "\n".join(out)

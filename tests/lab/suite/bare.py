@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab itself: guests with a bare init, kexecs in a row, DMA counted from outside."""
+
+from lablib.check import expect, test
+
+
+def boot_id(vm):
+    return vm.run("cat /proc/sys/kernel/random/boot_id").out.strip()
+
+
+def kexec_loop(ctx, count):
+    """@count kexecs in a row; each must be a new boot of a kernel that got KHO data."""
+    with ctx.vm(init="bare") as vm:
+        vm.ready()
+        seen = {boot_id(vm)}
+        start = vm.console.lines[vm.console.find("Linux version")].when
+        for i in range(1, count + 1):
+            vm.kexec()
+            seen.add(boot_id(vm))
+            expect(len(seen) == i + 1, f"kexec {i} did not give a new boot id")
+            expect(vm.console.find(r"found kexec handover data", vm.mark) is not None,
+                   f"kernel {i} says nothing of data handed over by the one before")
+        end = vm.console.lines[vm.mark].when
+        ctx.figure("cycle", f"{(end - start) / count:.1f} s")
+
+
+@test()
+def three_bare_kexecs_in_a_row(ctx):
+    kexec_loop(ctx, 3)
+
+
+@test(part="kexec")
+def forty_bare_kexecs_in_a_row(ctx):
+    kexec_loop(ctx, 40)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel's own suites give what they give on the unpatched kernel.
+
+What fails or is skipped there too is listed with its reason; anything else that
+does not pass fails the run, and so does a listed failure that passes, so that the list
+stays true.
+"""
+
+import re
+
+from lablib.check import expect, tap, test
+
+SELFTESTS = "/usr/lib/kselftest"
+
+# Case name (as the suite prints it) -> why it does not pass on the unpatched 7.3 either.
+DMABUF = "iommufd_test_dmabuf_get() of 7.3's selftest returns 0 instead of the fd"
+KNOWN_FAILURES = {}
+KEXEC_PROGRAMS = (("luo_kexec_simple", 2), ("luo_multi_session", 2), ("luo_stress_sessions", 2),
+                  ("luo_stress_files", 2))
+
+
+def quiet(vm, start=0):
+    """Nothing in the kernel's log since line @start that means trouble."""
+    bad = [x for x in list(vm.console.lines)[start:]
+           if re.search(r"WARNING:|BUG:|Oops|KASAN:|possible .*deadlock|suspicious RCU|"
+                        r"unreferenced object|general protection", x)]
+    expect(not bad, f"the kernel complains: {bad[:3]} (see {vm.dir}/console.log)")
+
+
+def suite(ctx, vm, path, timeout, options=""):
+    """Run one kselftest program and judge each of its cases."""
+    log = f"/lab/{path.replace('/', '-')}.tap"
+    r = vm.run(f"cd {SELFTESTS}/$(dirname {path}) && ./$(basename {path}) {options} > {log} 2>&1",
+               timeout, check=False)
+    text = (vm.share / log.removeprefix("/lab/")).read_text(errors="replace")
+    passed, failed, skipped = tap(text)
+    known = KNOWN_FAILURES.get(path, {})
+    unknown = [f for f in failed if f not in known]
+    expect(re.search(r"^(# Totals|1\.\.\d+)", text, re.M) and passed,
+           f"{path} did not run to its end (status {r.status}): {text[-600:]}")
+    expect(not unknown, f"{path}: {len(unknown)} cases failed: {unknown[:8]}; see {vm.dir}/share")
+    gone = [k for k in known if k not in failed]
+    expect(not gone, f"{path}: known to fail, but passed: {gone}; correct the list")
+    ctx.figure(path.rsplit("/", 1)[-1], f"{passed} ok, {len(failed)} known failures, "
+                                        f"{len(skipped)} skipped")
+    return passed
+
+
+@test()
+def upstream_liveupdate(ctx):
+    """liveupdate, and the programs that carry files over a kexec; kho's own test beside it."""
+    with ctx.vm(init="bare") as vm:
+        vm.ready()
+        suite(ctx, vm, "liveupdate/liveupdate", 120)
+        vm.run(f"cd {SELFTESTS}/liveupdate && ./luo_kexec_simple --stage 1 > /lab/stage1 2>&1")
+        vm.kexec()
+        vm.run(f"cd {SELFTESTS}/liveupdate && ./luo_kexec_simple --stage 2 > /lab/stage2 2>&1")
+        expect(vm.console.find("KHO restore succeeded", vm.mark) is not None,
+               "the kernel's KHO test did not find its data again")
+        quiet(vm)
+
+
+@test()
+def upstream_iommufd(ctx):
+    with ctx.vm(init="bare", memory="2G") as vm:
+        vm.ready()
+        vm.run("echo 512 > /proc/sys/vm/nr_hugepages", check=False)
+        suite(ctx, vm, "iommu/iommufd", 560)
+
+
+@test()
+def upstream_iommufd_fail_nth(ctx):
+    with ctx.vm(init="bare", memory="2G") as vm:
+        vm.ready()
+        suite(ctx, vm, "iommu/iommufd_fail_nth", 560)
+
+
+@test(part="suites")
+def upstream_kexec_programs(ctx):
+    """All four programs that carry sessions and files over a kexec."""
+    for program, stages in KEXEC_PROGRAMS:
+        with ctx.vm(init="bare", memory="2G", name=program) as vm:
+            vm.ready()
+            for stage in range(1, stages + 1):
+                vm.run(f"cd {SELFTESTS}/liveupdate && ./{program} --stage {stage} "
+                       f"> /lab/{program}-{stage} 2>&1", 300)
+                if stage < stages:
+                    vm.kexec()
+            quiet(vm)
+        ctx.figure(program, "ok")
