@@ -209,7 +209,9 @@ def tree_digest(paths, top: Path) -> str:
     h = hashlib.sha256()
     for p in sorted(paths):
         st = p.lstat()
-        data = os.readlink(p).encode() if stat.S_ISLNK(st.st_mode) else p.read_bytes()
+        data = p.read_bytes() if p.is_file() else b""
+        if stat.S_ISLNK(st.st_mode):
+            data = os.readlink(p).encode() + b"\0" + data
         head = f"{p.relative_to(top)}\0{st.st_mode & 0o100:o}\0{len(data)}\0"
         h.update(head.encode() + data)
     return h.hexdigest()[:20]
@@ -301,7 +303,7 @@ def package() -> Path:
         check_privileges()
         need_space(cache_dir(), 1, "building the package")
         log = log_for("package")
-        work = cache_dir() / "package" / ("meson-" + digest(build.name, PROJECT, *options))
+        work = cache_dir() / "package" / ("meson-" + digest(build.name, str(PROJECT), *options))
         with step("building the package"), making(target) as tmp:
             work.mkdir(exist_ok=True)
             run(inside(build / "root", ["sh", "-c", BUILD_PACKAGE, "lab", *options],
@@ -343,9 +345,21 @@ SUITES = ("liveupdate", "iommu", "vfio")
 BUILD_SELFTESTS = """set -eu
 mkdir /tmp/headers
 make -s -j"$(nproc)" -C /tmp/src O=/tmp/headers headers
+# Their makefiles also write beside their sources, and these include files of
+# the whole tree by relative paths: links to all of it around a copy of them.
+mkdir -p /tmp/tree/tools/testing
+for f in /tmp/src/*; do
+	[ "${f##*/}" = tools ] || ln -s "$f" /tmp/tree/
+done
+for f in /tmp/src/tools/*; do
+	[ "${f##*/}" = testing ] || ln -s "$f" /tmp/tree/tools/
+done
+mkdir /tmp/tree/tools/testing/selftests
+cd /tmp/src/tools/testing/selftests
+cp -RL lib.mk kselftest*.h kselftest kho "$@" /tmp/tree/tools/testing/selftests/
 for suite in "$@"; do
 	mkdir -p "/tmp/obj/$suite"
-	make -j"$(nproc)" -C "/tmp/src/tools/testing/selftests/$suite" OUTPUT="/tmp/obj/$suite" \\
+	make -j"$(nproc)" -C "/tmp/tree/tools/testing/selftests/$suite" OUTPUT="/tmp/obj/$suite" \\
 		KHDR_INCLUDES="-isystem /tmp/headers/usr/include" \\
 		INSTALL_PATH="/tmp/out/$suite" all install
 done
@@ -375,7 +389,8 @@ def selftests(tree: Path, builddir: Path = None) -> Path:
     build = base("build")
     files = files_below(*(tests / s for s in (*SUITES, "kho", "lib.mk", "kselftest")),
                         *tests.glob("kselftest*.h"), tree / "include/uapi",
-                        tree / "arch/x86/include/uapi", tree / "tools/include")
+                        tree / "arch/x86/include/uapi", tree / "tools/include",
+                        tree / "drivers/iommu/iommufd/iommufd_test.h")
     key = digest(build.name, tree_digest(files, tree), BUILD_SELFTESTS)
     target = cache_dir() / "selftests" / key
     with lock(cache_dir() / "selftests" / "lock", "the selftests"):
@@ -390,27 +405,34 @@ def selftests(tree: Path, builddir: Path = None) -> Path:
     return target
 
 
-def bare_init() -> Path:
-    """The static PID 1 of guests that boot without systemd."""
+def guest_programs() -> Path:
+    """A folder with the lab's own programs in the guest (guest/*.c), linked statically.
+
+    bare-init is the PID 1 of guests that boot without systemd.
+    """
     build = base("build")
-    source = GUEST / "bare-init.c"
-    target = cache_dir() / "bare-init" / digest(build.name, source)
-    with lock(cache_dir() / "bare-init" / "lock", "bare-init"):
+    sources = sorted(GUEST.glob("*.c"))
+    target = cache_dir() / "guest-programs" / digest(build.name, *(s.name for s in sources), *sources)
+    with lock(cache_dir() / "guest-programs" / "lock", "the guest's programs"):
         if not target.exists():
+            check_privileges()
+            log = log_for("guest-programs")
             with making(target) as tmp:
-                run(inside(build / "root",
-                           ["gcc", "-std=gnu17", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s",
-                            "-o", "/tmp/out/bare-init", "/tmp/src/bare-init.c"],
-                           ro={"src": GUEST}, rw={"out": tmp}),
-                    log=log_for("bare-init"), what="building bare-init")
-    return target / "bare-init"
+                for source in sources:
+                    run(inside(build / "root",
+                               ["gcc", "-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra",
+                                "-Werror", "-static", "-s", "-o", f"/tmp/out/{source.stem}",
+                                f"/tmp/src/{source.name}"], ro={"src": GUEST}, rw={"out": tmp}),
+                        log=log, what=f"building {source.name} for the guest")
+    return target
 
 
-# $1 the new root, $2 the base's root, $3 the lab's tree, $4 bare-init, $5 the selftests or ""
+# $1 the new root, $2 the base's root, $3 the lab's tree, $4 its programs, $5 the selftests or ""
 FILL_ROOT = """set -eu
 cp -a "$2/." "$1/"
 cp -R --no-preserve=ownership "$3/." "$1/"
-install -D -m 755 "$4" "$1/usr/lib/khod-lab/bare-init"
+mkdir -p "$1/usr/lib/khod-lab"
+cp -R --preserve=mode "$4/." "$1/usr/lib/khod-lab/"
 if [ -n "$5" ]; then
 	mkdir -p "$1/usr/lib/kselftest"
 	cp -R --preserve=mode "$5/." "$1/usr/lib/kselftest/"
@@ -438,10 +460,10 @@ def image(selftests_dir=None, extra_debs=(), trees=()) -> Path:
     under an overlay: it is read-only and must stay as it is.
     """
     root = base("run")
-    init = bare_init()
+    programs = guest_programs()
     debs = [package(), *(Path(d) for d in extra_debs)]
     trees = [Path(t) for t in trees]
-    parts = [root.name, init.parent.name, *(digest(d) for d in debs),
+    parts = [root.name, programs.name, *(digest(d) for d in debs),
              tree_digest(files_below(GUEST), GUEST), FILL_ROOT, INSTALL_DEBS, IMAGE_SIZE]
     parts += [Path(selftests_dir).name] if selftests_dir else ["no selftests"]
     parts += [tree_digest(files_below(t), t) for t in trees]
@@ -453,12 +475,12 @@ def image(selftests_dir=None, extra_debs=(), trees=()) -> Path:
             need_program("mke2fs")
             check_privileges()
             need_space(cache_dir(), 2, "the guest's image")
-            _make_image(target, root / "root", init, selftests_dir, debs, trees)
+            _make_image(target, root / "root", programs, selftests_dir, debs, trees)
             _forget_old_images(target.parent)
     return target
 
 
-def _make_image(target: Path, root: Path, init: Path, selftests_dir, debs, trees) -> None:
+def _make_image(target: Path, root: Path, programs: Path, selftests_dir, debs, trees) -> None:
     log = log_for("image")
     work = target.with_suffix(".root")
     new = target.with_suffix(".new")
@@ -467,7 +489,7 @@ def _make_image(target: Path, root: Path, init: Path, selftests_dir, debs, trees
             remove(work)
             new.unlink(missing_ok=True)
             work.mkdir()
-            run(privileged(["sh", "-c", FILL_ROOT, "lab", work, root, GUEST / "tree", init,
+            run(privileged(["sh", "-c", FILL_ROOT, "lab", work, root, GUEST / "tree", programs,
                             selftests_dir or "", *trees]), log=log, what="filling the guest's root")
             folders = {f"deb{i}": d.parent for i, d in enumerate(debs)}
             names = [f"/tmp/deb{i}/{d.name}" for i, d in enumerate(debs)]
