@@ -99,7 +99,12 @@ static int recv_reply(struct kho_client *c, Kho__Control__Reply__BodyCase want,
 	size_t n_got;
 	ssize_t n;
 
+	if (c->sock < 0)
+		return kho_error_new(err, ENOTCONN, "khod", "the connection is closed");
 	n = kho_wire_recv(c->kho, c->sock, c->buf, got, &n_got);
+	/* The kernel reports a reset once, before what khod still said. */
+	if (n == -ECONNRESET)
+		n = kho_wire_recv(c->kho, c->sock, c->buf, got, &n_got);
 	if (n <= 0)
 		return transport(c, (int)n, "no answer", err);
 	a = kho_wire_reply_unpack(c->buf, n);

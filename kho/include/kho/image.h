@@ -21,7 +21,7 @@ extern "C" {
 /** KHO_IMAGE_PAYLOAD_MAX - bytes; a longer payload is refused before anything is allocated */
 #define KHO_IMAGE_PAYLOAD_MAX (64u << 20)
 /** KHO_IMAGE_FILES_MAX - files in one workload */
-#define KHO_IMAGE_FILES_MAX 1024
+#define KHO_IMAGE_FILES_MAX 512
 /** KHO_NAME_MAX - bytes in the name of a workload or a file, without the NUL */
 #define KHO_NAME_MAX 48
 /** KHO_IMAGE_UNIT_MAX - bytes in a unit's name, without the NUL (systemd's own limit) */

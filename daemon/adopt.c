@@ -1,0 +1,699 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * At start: from whatever systemd held, to the resting state.
+ *
+ * khod keeps no state of its own, so this is all the recovery there is: after a
+ * crash, after a kexec, after a crash in the middle of the work of either. Every
+ * step looks at what is there, does what is missing, and can be repeated.
+ *
+ * After a kexec a workload's session is *incoming*: its files can be retrieved, but a
+ * second kexec would not carry it. It cannot wait for somebody to claim it, since the
+ * next `systemctl kexec` may come first, and khod may be killed before it can prepare
+ * for that. So each workload is moved to a new *outgoing* session right away, and
+ * survives any number of kexecs with nobody claiming it.
+ *
+ * The difficulty: LUO knows a memfd by its inode, and one inode is in one session
+ * only. Preserving it in the new session is refused (EBUSY) until the incoming one is
+ * finished, and from then on nothing but open descriptors keeps its memory. Hence:
+ *
+ *	1  retrieve image and files (repeatable, the kernel returns the same files)
+ *	2  each of them into systemd's fd store: "transit"
+ *	3  new outgoing session, into the store
+ *	4  finish the incoming session           from here on: transit keeps the memory
+ *	5  incoming session out of the store
+ *	6  preserve each file in the new session (a token in use: done before)
+ *	7  preserve the image: commit            from here on: the new session keeps it
+ *	8  transit out of the store
+ *
+ * Died before 4: the incoming session still has everything. Between 4 and 7: transit
+ * has, and each file is in the new session or only in transit, which a probe for its
+ * token tells. After 7: the image in an outgoing session says that it is complete,
+ * and whatever else there is of the workload is left over.
+ *
+ * A kexec in the middle loses nothing either once step 4 is reached: systemd preserves
+ * what is in transit in a session of its own, unless it is in the new session already,
+ * and then that one, incoming now and without an image, has it. So every file is looked
+ * for in both places. What does get lost: an incoming session at the next kexec if khod
+ * has not run at all in between, because the kernel carries outgoing sessions only.
+ */
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <systemd/sd-daemon.h>
+
+#include "fault.h"
+#include "khod.h"
+#include "log.h"
+
+#define TRANSIT_PREFIX "transit+"
+#define MAX_SESSIONS 8
+
+struct session {
+	int fd;
+	bool outgoing;
+	bool committed;		/* outgoing: has an image */
+	char origin;
+	char name[KHO_LUO_NAME_MAX];
+	char fdname[FDSTORE_NAME_MAX];
+};
+
+struct transit {
+	int fd;
+	uint64_t token;
+	char fdname[FDSTORE_NAME_MAX];
+};
+
+/* Everything found of one workload. Descriptors are owned by workload->stored. */
+struct group {
+	struct group *next;
+	struct workload *w;
+	struct session sessions[MAX_SESSIONS];
+	size_t n_sessions;
+	struct transit *transits;
+	size_t n_transits;
+};
+
+static void transit_fdname(const char *workload, uint64_t token, char ret[FDSTORE_NAME_MAX])
+{
+	snprintf(ret, FDSTORE_NAME_MAX, TRANSIT_PREFIX "%s+%" PRIu64, workload, token);
+}
+
+static bool transit_parse(const char *fdname, char name[KHO_NAME_MAX + 1], uint64_t *token)
+{
+	const char *p, *plus;
+	char *end;
+
+	if (strncmp(fdname, TRANSIT_PREFIX, strlen(TRANSIT_PREFIX)) != 0)
+		return false;
+	p = fdname + strlen(TRANSIT_PREFIX);
+	plus = strchr(p, '+');
+	if (!plus || plus == p || plus - p > KHO_NAME_MAX || plus[1] < '0' || plus[1] > '9')
+		return false;
+	memcpy(name, p, plus - p);
+	name[plus - p] = 0;
+	errno = 0;
+	*token = strtoull(plus + 1, &end, 10);
+	return errno == 0 && *end == 0 && kho_name_valid(name);
+}
+
+static struct group *group_get(struct khod *k, struct group **groups, const char *name)
+{
+	struct group *g;
+
+	for (g = *groups; g; g = g->next)
+		if (strcmp(g->w->name, name) == 0)
+			return g;
+	g = calloc(1, sizeof(*g));
+	if (!g)
+		return NULL;
+	g->w = workload_new(k, name);
+	if (!g->w) {
+		free(g);
+		return NULL;
+	}
+	g->next = *groups;
+	*groups = g;
+	return g;
+}
+
+static struct transit *transit_find(struct group *g, uint64_t token)
+{
+	for (size_t i = 0; i < g->n_transits; i++)
+		if (g->transits[i].token == token)
+			return &g->transits[i];
+	return NULL;
+}
+
+static int transit_add(struct group *g, uint64_t token, const char *fdname, int fd)
+{
+	struct transit *t = reallocarray(g->transits, g->n_transits + 1, sizeof(*t));
+
+	if (!t)
+		return -ENOMEM;
+	g->transits = t;
+	t += g->n_transits++;
+	t->fd = fd;
+	t->token = token;
+	snprintf(t->fdname, sizeof(t->fdname), "%s", fdname);
+	return 0;
+}
+
+/*
+ * Sort one descriptor. Takes ownership of @p->fd in every case. What is not known
+ * stays in the store: another version of khod may know it.
+ */
+static void sort_one(struct khod *k, struct group **groups, struct passed *p)
+{
+	char session[KHO_LUO_NAME_MAX], name[KHO_NAME_MAX + 1];
+	_cleanup_error_ struct kho_error *err = NULL;
+	_cleanup_free_ char *text = NULL;
+	struct group *g;
+	uint64_t token;
+	char origin;
+	int r;
+
+	k->fdstore.used++;
+	if (transit_parse(p->fdname, name, &token)) {
+		g = group_get(k, groups, name);
+		if (!g || workload_add_stored(g->w, p->fdname, p->fd) < 0)
+			goto nomem;
+		if (transit_find(g, token))
+			return;	/* the same object twice: stored under one name, removed by it */
+		if (transit_add(g, token, p->fdname, p->fd) < 0)
+			workload_fail(g->w, NULL, -ENOMEM);
+		return;
+	}
+
+	r = kho_luo_session_name(k->kho, p->fd, session, &err);
+	if (r < 0 || !session_parse(session, name, &origin)) {
+		log_event(LOG_WARNING, MSG_FOREIGN, NULL,
+			  "The fd store holds a descriptor that this khod does not know; it is left alone.");
+		p->fd = kho_close(k->kho, p->fd);
+		return;
+	}
+	g = group_get(k, groups, name);
+	if (!g)
+		goto nomem;
+	for (size_t i = 0; i < g->n_sessions; i++)
+		if (strcmp(g->sessions[i].name, session) == 0 &&
+		    strcmp(g->sessions[i].fdname, p->fdname) == 0) {
+			/* The same session twice: names are unique in the kernel. */
+			p->fd = kho_close(k->kho, p->fd);
+			return;
+		}
+	if (workload_add_stored(g->w, p->fdname, p->fd) < 0)
+		goto nomem;
+	r = kho_luo_session_direction(k->kho, p->fd, &err);
+	if (r >= 0 && g->n_sessions == MAX_SESSIONS)
+		r = kho_error_new(&err, E2BIG, name, "more than %d sessions", MAX_SESSIONS);
+	if (r >= 0) {
+		struct session *s = &g->sessions[g->n_sessions++];
+
+		*s = (struct session){
+			.fd = p->fd,
+			.outgoing = r == KHO_LUO_OUTGOING,
+			.origin = origin,
+		};
+		strcpy(s->name, session);
+		snprintf(s->fdname, sizeof(s->fdname), "%s", p->fdname);
+		if (s->outgoing) {
+			r = kho_luo_session_has(k->kho, s->fd, KHO_TOKEN_IMAGE, &err);
+			s->committed = r > 0;
+		}
+	}
+	if (r < 0)
+		workload_fail(g->w, &err, r);
+	return;
+
+nomem:
+	/* systemd keeps it; the next start sees it again. */
+	text = kho_error_format(err, -ENOMEM);
+	log_event(LOG_ERR, MSG_FAILED, NULL, "A descriptor from the fd store could not be examined: %s.",
+		  text ? text : "out of memory");
+	p->fd = kho_close(k->kho, p->fd);
+}
+
+static int session_drop(struct khod *k, struct group *g, struct session *s,
+			struct kho_error **err)
+{
+	int r = workload_unstore(k, g->w, s->fdname, err);
+
+	if (r < 0)
+		return r;
+	/* Order matters to the caller, the array's does not. */
+	*s = g->sessions[--g->n_sessions];
+	return 0;
+}
+
+static int transits_drop(struct khod *k, struct group *g, struct kho_error **err)
+{
+	while (g->n_transits > 0) {
+		struct transit *t = &g->transits[g->n_transits - 1];
+		int r = workload_unstore(k, g->w, t->fdname, err);
+
+		if (r < 0)
+			return r;
+		g->n_transits--;
+		FAULT(START_INCOMING_TRANSIT_REMOVED);
+	}
+	return 0;
+}
+
+/* A complete outgoing session: the resting state, once the rest is tidied away. */
+static int rest(struct khod *k, struct group *g, struct session *committed,
+		struct kho_error **err)
+{
+	struct workload *w = g->w;
+	char name[KHO_LUO_NAME_MAX];
+	int r, fd;
+
+	strcpy(name, committed->name);
+	w->session = committed->fd;
+	strcpy(w->session_name, name);
+
+	for (size_t i = 0; i < g->n_sessions;) {
+		struct session *s = &g->sessions[i];
+
+		if (strcmp(s->name, name) == 0) {
+			i++;
+			continue;
+		}
+		if (!s->outgoing) {
+			/* Finished long ago by our own order; if not, it is not ours to discard. */
+			fd = kho_luo_retrieve(k->kho, s->fd, KHO_TOKEN_IMAGE, NULL);
+			if (fd != -ENOENT) {
+				kho_close(k->kho, fd);
+				return kho_error_new(err, EBUSY, s->name,
+						     "unfinished beside a complete session of the same workload");
+			}
+		}
+		r = session_drop(k, g, s, err);
+		if (r < 0)
+			return r;
+	}
+	r = transits_drop(k, g, err);
+	if (r < 0)
+		return r;
+
+	if (!w->image) {
+		fd = kho_luo_retrieve(k->kho, w->session, KHO_TOKEN_IMAGE, err);
+		if (fd == -EINVAL) {
+			*err = kho_error_free(*err);
+			k->retrieve_outgoing = false;
+			w->state = WORKLOAD_UNREADABLE;
+			return 0;
+		}
+		if (fd < 0)
+			return fd;
+		k->retrieve_outgoing = true;
+		r = kho_image_read_fd(k->kho, fd, true, &w->image, err);
+		kho_close(k->kho, fd);
+		if (r < 0)
+			return r;
+	}
+	if (strcmp(kho_image_name(w->image), w->name) != 0)
+		return kho_error_new(err, EBADMSG, w->name, "its session holds the image of '%s'",
+				     kho_image_name(w->image));
+	w->state = WORKLOAD_HELD;
+	return 0;
+}
+
+/* The image from transit or from any incoming session. -ENOENT: there is none. */
+static int find_image(struct khod *k, struct group *g, int *ret, struct kho_error **err)
+{
+	struct transit *t = transit_find(g, KHO_TOKEN_IMAGE);
+	int fd = -1, r;
+
+	if (t) {
+		r = kho_image_read_fd(k->kho, t->fd, true, &g->w->image, err);
+	} else {
+		r = -ENOENT;
+		for (size_t i = 0; i < g->n_sessions && fd < 0; i++) {
+			struct kho_error *e = NULL;
+
+			if (g->sessions[i].outgoing)
+				continue;
+			fd = kho_luo_retrieve(k->kho, g->sessions[i].fd, KHO_TOKEN_IMAGE, &e);
+			if (fd < 0 && fd != -ENOENT) {
+				*err = e;
+				return kho_error_new(err, fd, g->w->name, "the image");
+			}
+			kho_error_free(e);
+		}
+		if (fd < 0)
+			return r;
+		FAULT(START_INCOMING_IMAGE_RETRIEVED);
+		r = kho_image_read_fd(k->kho, fd, true, &g->w->image, err);
+	}
+	if (r >= 0 && strcmp(kho_image_name(g->w->image), g->w->name) != 0)
+		r = kho_error_new(err, EBADMSG, g->w->name, "its session holds the image of '%s'",
+				  kho_image_name(g->w->image));
+	if (r < 0) {
+		g->w->image = kho_image_free(g->w->image);
+		kho_close(k->kho, fd);
+		/* -ENOENT is our own answer; the kernel's would be taken for it. */
+		return r == -ENOENT ? -EIO : r;
+	}
+	*ret = fd;
+	return 0;
+}
+
+/*
+ * Every file into w->fds, from transit or an incoming session; -1 where the new
+ * session has it already and nothing else does.
+ */
+static int find_files(struct khod *k, struct group *g, struct session *target,
+		      struct kho_error **err)
+{
+	struct workload *w = g->w;
+	size_t n = workload_n_files(w);
+	int r;
+
+	w->fds = malloc((n + 1) * sizeof(int));
+	if (!w->fds)
+		return kho_error_new(err, ENOMEM, w->name, "out of memory");
+	for (size_t i = 0; i < n; i++)
+		w->fds[i] = -1;
+
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+		struct transit *t;
+
+		kho_image_file(w->image, i, &f);
+		t = transit_find(g, f.token);
+		if (t) {
+			w->fds[i] = kho_op(k->kho, fcntl, t->fd, F_DUPFD_CLOEXEC, 3);
+			if (w->fds[i] < 0) {
+				r = w->fds[i];
+				w->fds[i] = -1;
+				return kho_error_new(err, r, f.name, "%s", strerror(-r));
+			}
+			continue;
+		}
+		r = -ENOENT;
+		khod_busy(k, f.size);
+		for (size_t j = 0; j < g->n_sessions && r == -ENOENT; j++) {
+			if (g->sessions[j].outgoing)
+				continue;
+			*err = kho_error_free(*err);
+			r = kho_luo_retrieve(k->kho, g->sessions[j].fd, f.token, err);
+		}
+		if (r >= 0) {
+			w->fds[i] = r;
+			FAULT(START_INCOMING_FILE_RETRIEVED);
+			continue;
+		}
+		if (r == -ENOENT && target) {
+			*err = kho_error_free(*err);
+			r = kho_luo_session_has(k->kho, target->fd, f.token, err);
+			if (r > 0)
+				continue;
+			if (r == 0)
+				r = kho_error_new(err, ENOENT, w->name, "nothing is preserved under token %" PRIu64,
+						  f.token);
+		}
+		if (r == -ENOENT && !*err)
+			kho_error_new(err, ENOENT, w->name, "no session holds it");
+		return kho_error_new(err, r, f.name, "is missing");
+	}
+	return 0;
+}
+
+static int into_transit(struct khod *k, struct group *g, uint64_t token, int fd,
+			struct kho_error **err)
+{
+	char fdname[FDSTORE_NAME_MAX];
+	int copy, r;
+
+	if (transit_find(g, token))
+		return 0;
+	transit_fdname(g->w->name, token, fdname);
+	copy = kho_op(k->kho, fcntl, fd, F_DUPFD_CLOEXEC, 3);
+	if (copy < 0)
+		return kho_error_new(err, copy, g->w->name, "%s", strerror(-copy));
+	r = fdstore_push(&k->fdstore, fdname, copy, err);
+	if (r < 0) {
+		kho_close(k->kho, copy);
+		return r;
+	}
+	if (workload_add_stored(g->w, fdname, copy) < 0) {
+		kho_close(k->kho, copy);
+		return kho_error_new(err, ENOMEM, g->w->name, "out of memory");
+	}
+	if (transit_add(g, token, fdname, copy) < 0)
+		return kho_error_new(err, ENOMEM, g->w->name, "out of memory");
+	FAULT(START_INCOMING_TRANSIT_STORED);
+	return 0;
+}
+
+static int new_target(struct khod *k, struct group *g, struct session **ret,
+		      struct kho_error **err)
+{
+	struct session *s;
+	char name[KHO_LUO_NAME_MAX];
+	int fd, r;
+
+	if (g->n_sessions == MAX_SESSIONS)
+		return kho_error_new(err, E2BIG, g->w->name, "more than %d sessions",
+				     MAX_SESSIONS);
+	fd = session_new(k, g->w->name, 't', name, err);
+	if (fd < 0)
+		return fd;
+	FAULT(START_INCOMING_SESSION_CREATED);
+
+	s = &g->sessions[g->n_sessions];
+	*s = (struct session){ .fd = fd, .outgoing = true, .origin = 't' };
+	strcpy(s->name, name);
+	session_fdname(name, s->fdname);
+	r = fdstore_push(&k->fdstore, s->fdname, fd, err);
+	if (r < 0) {
+		kho_close(k->kho, fd);
+		return r;
+	}
+	if (workload_add_stored(g->w, s->fdname, fd) < 0) {
+		(void)fdstore_remove(&k->fdstore, s->fdname, NULL);
+		kho_close(k->kho, fd);
+		return kho_error_new(err, ENOMEM, g->w->name, "out of memory");
+	}
+	g->n_sessions++;
+	FAULT(START_INCOMING_SESSION_STORED);
+	*ret = s;
+	return 0;
+}
+
+/* Steps 1 to 8 above, from wherever they were left. */
+static int transfer(struct khod *k, struct group *g, int image_fd, struct session *target,
+		    struct kho_error **err)
+{
+	struct workload *w = g->w;
+	size_t n = workload_n_files(w);
+	int r;
+
+	r = find_files(k, g, target, err);
+	if (r < 0)
+		return r;
+
+	if (image_fd >= 0) {
+		r = into_transit(k, g, KHO_TOKEN_IMAGE, image_fd, err);
+		if (r < 0)
+			return r;
+	}
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		if (w->fds[i] < 0)
+			continue;
+		kho_image_file(w->image, i, &f);
+		r = into_transit(k, g, f.token, w->fds[i], err);
+		if (r < 0)
+			return r;
+	}
+
+	if (!target) {
+		r = new_target(k, g, &target, err);
+		if (r < 0)
+			return r;
+	}
+	w->session = target->fd;
+	snprintf(w->session_name, sizeof(w->session_name), "%s", target->name);
+
+	for (size_t i = 0; i < g->n_sessions;) {
+		struct session *s = &g->sessions[i];
+
+		if (s->outgoing) {
+			i++;
+			continue;
+		}
+		r = kho_luo_finish(k->kho, s->fd, err);
+		if (r < 0)
+			return kho_error_new(err, r, s->name, "the incoming session");
+		FAULT(START_INCOMING_FINISHED);
+		r = session_drop(k, g, s, err);
+		if (r < 0)
+			return r;
+		FAULT(START_INCOMING_OLD_REMOVED);
+	}
+
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		r = kho_luo_session_has(k->kho, w->session, f.token, err);
+		if (r < 0)
+			return r;
+		if (r > 0)
+			continue;
+		khod_busy(k, f.size);
+		r = kho_luo_preserve(k->kho, w->session, w->fds[i], f.token, err);
+		if (r < 0)
+			return kho_error_new(err, r, f.name, "cannot be preserved again");
+		FAULT(START_INCOMING_FILE_PRESERVED);
+	}
+	kho_image_set_handovers(w->image, kho_image_handovers(w->image) + 1);
+	r = image_commit(k, w->image, w->session, err);
+	if (r < 0)
+		return r;
+	FAULT(START_INCOMING_IMAGE_PRESERVED);
+
+	r = transits_drop(k, g, err);
+	if (r < 0)
+		return r;
+	return 0;
+}
+
+/* Where the kernel gives files back there is no need to keep them; elsewhere there is. */
+static void settle_fds(struct khod *k, struct workload *w)
+{
+	size_t n = workload_n_files(w);
+	bool all = w->fds != NULL;
+	int fd;
+
+	fd = kho_luo_retrieve(k->kho, w->session, KHO_TOKEN_IMAGE, NULL);
+	if (fd >= 0)
+		k->retrieve_outgoing = true;
+	else if (fd == -EINVAL)
+		k->retrieve_outgoing = false;
+	for (size_t i = 0; w->fds && i < n; i++)
+		all &= w->fds[i] >= 0;
+	if (fd >= 0 || !all) {
+		for (size_t i = 0; w->fds && i < n; i++)
+			kho_close(k->kho, w->fds[i]);
+		free(w->fds);
+		w->fds = NULL;
+	}
+	w->state = fd >= 0 || all ? WORKLOAD_HELD : WORKLOAD_UNREADABLE;
+	kho_close(k->kho, fd);
+}
+
+/*
+ * Nothing of it was ever promised to anybody: a registration that was not answered,
+ * in this kernel or the previous one. 0 if it is discarded.
+ */
+static int discard(struct khod *k, struct group *g, struct kho_error **err)
+{
+	while (g->n_sessions > 0) {
+		struct session *s = &g->sessions[0];
+		char fdname[FDSTORE_NAME_MAX];
+		int fd = s->fd, r;
+
+		/* Keep our own open until it is out of the store, to end it in one place. */
+		strcpy(fdname, s->fdname);
+		g->w->session = fd;
+		r = session_drop(k, g, s, err);
+		if (r < 0)
+			return r;
+		FAULT(START_OUTGOING_REMOVED);
+		kho_close(k->kho, fd);
+		g->w->session = -1;
+		FAULT(START_OUTGOING_DISCARDED);
+	}
+	return 0;
+}
+
+/* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
+static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
+{
+	struct session *committed = NULL, *target = NULL;
+	int image_fd = -1, r;
+	bool only_r = true;
+
+	if (g->w->state == WORKLOAD_FAILED)
+		return 0;	/* could not even be sorted; everything is where it was */
+
+	for (size_t i = 0; i < g->n_sessions; i++) {
+		struct session *s = &g->sessions[i];
+
+		only_r &= s->origin == 'r';
+		if (s->outgoing && s->committed)
+			committed = s;
+		else if (s->outgoing)
+			target = s;
+	}
+	if (committed) {
+		FAULT(START_OUTGOING_BEGIN);
+		return rest(k, g, committed, err);
+	}
+	if (!target || g->n_sessions > 1 || g->n_transits > 0)
+		FAULT(START_INCOMING_BEGIN);
+	else
+		FAULT(START_OUTGOING_BEGIN);
+
+	r = find_image(k, g, &image_fd, err);
+	if (r == -ENOENT) {
+		/*
+		 * No image anywhere. A registration that was not answered leaves only a
+		 * session of its own kind; anything else is not understood, and kept.
+		 */
+		if (g->n_transits == 0 && only_r) {
+			r = discard(k, g, err);
+			return r < 0 ? r : 1;
+		}
+		return kho_error_new(err, ENOENT, g->w->name,
+				     "there is no image, so what it holds cannot be told; release it to discard it");
+	}
+	if (r < 0)
+		return r;
+	r = transfer(k, g, image_fd, target, err);
+	kho_close(k->kho, image_fd);
+	if (r < 0)
+		return r;
+	settle_fds(k, g->w);
+	log_event(LOG_INFO, MSG_CARRIED, g->w->name,
+		  "Workload %s was carried into this kernel (handover %" PRIu32 "): %zu files, %" PRIu64 " bytes, now in session %s.",
+		  g->w->name, kho_image_handovers(g->w->image), workload_n_files(g->w),
+		  workload_bytes(g->w), g->w->session_name);
+	return 0;
+}
+
+/* A failed workload may still have all its files at hand; then it can be claimed. */
+static void drop_partial_fds(struct khod *k, struct workload *w)
+{
+	size_t n = workload_n_files(w);
+	bool all = w->fds != NULL;
+
+	for (size_t i = 0; w->fds && i < n; i++)
+		all &= w->fds[i] >= 0;
+	if (all || !w->fds)
+		return;
+	for (size_t i = 0; i < n; i++)
+		kho_close(k->kho, w->fds[i]);
+	free(w->fds);
+	w->fds = NULL;
+}
+
+void adopt(struct khod *k, struct passed *passed, size_t n)
+{
+	struct group *groups = NULL;
+
+	for (size_t i = 0; i < n; i++)
+		sort_one(k, &groups, &passed[i]);
+
+	while (groups) {
+		struct group *g = groups;
+		_cleanup_error_ struct kho_error *err = NULL;
+		char name[KHO_NAME_MAX + 1];
+		int r;
+
+		groups = g->next;
+		strcpy(name, g->w->name);
+		r = adopt_one(k, g, &err);
+		if (r < 0)
+			workload_fail(g->w, &err, r);
+		if (g->w->state == WORKLOAD_FAILED) {
+			drop_partial_fds(k, g->w);
+			log_event(LOG_ERR, MSG_FAILED, name,
+				  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
+				  name, workload_reason(g->w));
+		}
+		if (r > 0) {
+			workload_free(k, g->w);
+			log_event(LOG_NOTICE, MSG_DISCARDED, name,
+				  "An unfinished registration of %s was discarded: its client has had no answer.",
+				  name);
+		}
+		free(g->transits);
+		free(g);
+		khod_idle(k);
+	}
+}

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * What makes khod stateless: PID 1 holds a reference on each session, over a
+ * crash of khod and over the kexec. sd_notify() only queues a message, so every
+ * change is followed by a barrier; the step after it may rely on it.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <systemd/sd-daemon.h>
+
+#include "fdstore.h"
+
+#define BARRIER_USEC (30 * 1000000ULL)
+/* systemd before 254 does not say how large the store is. */
+#define MAX_UNKNOWN 512
+
+void fdstore_init(struct fdstore *fs)
+{
+	const char *env = getenv("FDSTORE");
+
+	*fs = (struct fdstore){ .available = getenv("NOTIFY_SOCKET") != NULL };
+	if (fs->available)
+		fs->max = env ? (unsigned int)strtoul(env, NULL, 10) : MAX_UNKNOWN;
+	if (fs->max == 0)
+		fs->available = false;
+}
+
+static int barrier(const char *name, const char *what, struct kho_error **err)
+{
+	int r = sd_notify_barrier(0, BARRIER_USEC);
+
+	if (r > 0)
+		return 0;
+	if (r == 0)
+		r = -ENODEV;
+	return kho_error_new(err, r, name, "systemd did not confirm that the descriptor is %s: %s",
+			     what, strerror(-r));
+}
+
+int fdstore_push(struct fdstore *fs, const char *name, int fd, struct kho_error **err)
+{
+	char msg[FDSTORE_NAME_MAX + 64];
+	int r;
+
+	if (!fs->available)
+		return kho_error_new(err, ENODEV, "fd store",
+				     "there is none: run khod as khod.service with FileDescriptorStoreMax=");
+	if (fs->used >= fs->max)
+		return kho_error_new(err, ENOSPC, "fd store",
+				     "all %u places are taken: raise FileDescriptorStoreMax= of khod.service",
+				     fs->max);
+	snprintf(msg, sizeof(msg), "FDSTORE=1\nFDPOLL=0\nFDNAME=%s", name);
+	r = sd_pid_notify_with_fds(0, 0, msg, &fd, 1);
+	if (r <= 0)
+		return kho_error_new(err, r ? r : -ENODEV, name, "cannot reach systemd: %s",
+				     strerror(r ? -r : ENODEV));
+	fs->used++;
+	r = barrier(name, "stored", err);
+	if (r < 0) {
+		(void)fdstore_remove(fs, name, NULL);
+		return r;
+	}
+	return 0;
+}
+
+int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
+{
+	char msg[FDSTORE_NAME_MAX + 64];
+	int r;
+
+	snprintf(msg, sizeof(msg), "FDSTOREREMOVE=1\nFDNAME=%s", name);
+	r = sd_notify(0, msg);
+	if (r <= 0)
+		return kho_error_new(err, r ? r : -ENODEV, name, "cannot reach systemd: %s",
+				     strerror(r ? -r : ENODEV));
+	if (fs->used > 0)
+		fs->used--;
+	return barrier(name, "removed", err);
+}

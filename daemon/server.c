@@ -1,0 +1,886 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Clients.
+ *
+ * Every byte and every descriptor that comes in is charged to a user id and capped;
+ * every wait has a deadline; every refusal tells the client what was refused and why,
+ * and only names that passed kho_name_valid() reach the journal. A client that breaks
+ * the protocol is told so and disconnected, with everything it sent closed.
+ */
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/pidfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <systemd/sd-daemon.h>
+#include <systemd/sd-login.h>
+
+#include "fault.h"
+#include "khod.h"
+#include "log.h"
+#include "wire.h"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
+
+#define QUEUE_MAX 64		/* packets waiting for a client that does not read */
+#define REPLY_SOFT_MAX 32768	/* bytes in one packet of a list */
+
+struct packet {
+	struct packet *next;
+	size_t size;
+	size_t n_fds;
+	int *fds;		/* owned */
+	uint8_t data[];
+};
+
+/* A registration that comes in more than one packet. */
+struct pending {
+	char name[KHO_NAME_MAX + 1];
+	uint8_t secret[KHO_SECRET_MAX];
+	size_t secret_size;
+	char **names;
+	int *fds;		/* owned */
+	size_t n;
+};
+
+struct connection {
+	struct connection *next;
+	struct khod *k;
+	int fd;
+	struct identity who;
+	bool hello;
+	bool closing;		/* when the queue is empty */
+	struct workload *claiming;
+	enum workload_state claiming_from;
+	struct pending *pending;
+	struct packet *queue, **queue_tail;
+	unsigned int n_queue;
+	sd_event_source *io;
+	sd_event_source *timer;
+};
+
+static void pending_free(struct khod *k, struct pending *p)
+{
+	if (!p)
+		return;
+	for (size_t i = 0; i < p->n; i++) {
+		kho_close(k->kho, p->fds[i]);
+		free(p->names[i]);
+	}
+	explicit_bzero(p->secret, sizeof(p->secret));
+	free(p->names);
+	free(p->fds);
+	free(p);
+}
+
+static void packet_free(struct khod *k, struct packet *p)
+{
+	for (size_t i = 0; i < p->n_fds; i++)
+		kho_close(k->kho, p->fds[i]);
+	free(p->fds);
+	free(p);
+}
+
+/* The claim did not end: the workload is what it was before. */
+static void claim_abandon(struct connection *c)
+{
+	if (!c->claiming)
+		return;
+	log_event(LOG_NOTICE, NULL, c->claiming->name,
+		  "The client that claimed %s has gone without acknowledging; it stays in custody.",
+		  c->claiming->name);
+	c->claiming->state = c->claiming_from;
+	c->claiming = NULL;
+}
+
+static void connection_free(struct connection *c)
+{
+	struct khod *k = c->k;
+
+	for (struct connection **p = &k->connections; *p; p = &(*p)->next)
+		if (*p == c) {
+			*p = c->next;
+			k->n_connections--;
+			break;
+		}
+	claim_abandon(c);
+	pending_free(k, c->pending);
+	while (c->queue) {
+		struct packet *p = c->queue;
+
+		c->queue = p->next;
+		packet_free(k, p);
+	}
+	sd_event_source_disable_unref(c->io);
+	sd_event_source_disable_unref(c->timer);
+	kho_close(k->kho, c->fd);
+	free(c);
+}
+
+static void deadline(struct connection *c)
+{
+	unsigned int sec = !c->hello	? DEADLINE_HELLO :
+			   c->claiming	? DEADLINE_ACK :
+			   c->pending	? DEADLINE_REGISTER :
+					  DEADLINE_IDLE;
+
+	(void)sd_event_source_set_time_relative(c->timer, sec * 1000000ULL);
+	(void)sd_event_source_set_enabled(c->timer, SD_EVENT_ONESHOT);
+}
+
+/* -EAGAIN: the rest waits for EPOLLOUT. Other errors: the peer has gone. */
+static int flush(struct connection *c)
+{
+	struct khod *k = c->k;
+
+	while (c->queue) {
+		struct packet *p = c->queue;
+		int r = kho_wire_send(k->kho, c->fd, p->data, p->size, p->fds, p->n_fds);
+
+		if (r < 0)
+			return r;
+		c->queue = p->next;
+		if (!c->queue)
+			c->queue_tail = &c->queue;
+		c->n_queue--;
+		packet_free(k, p);
+	}
+	return 0;
+}
+
+/*
+ * Queue a reply and send what can be sent. Takes ownership of @fds in every case.
+ * Return: 0, or -errno if the connection is of no more use.
+ */
+static int reply(struct connection *c, uint64_t serial, Kho__Control__Reply *a, int *fds,
+		 size_t n_fds)
+{
+	struct khod *k = c->k;
+	struct packet *p;
+	size_t size;
+	int r;
+
+	a->serial = serial;
+	size = kho__control__reply__get_packed_size(a);
+	p = size > KHO_WIRE_PACKET_MAX || c->n_queue >= QUEUE_MAX ? NULL :
+								    malloc(sizeof(*p) + size);
+	if (!p) {
+		for (size_t i = 0; i < n_fds; i++)
+			kho_close(k->kho, fds[i]);
+		return -ENOBUFS;
+	}
+	*p = (struct packet){ .size = size };
+	if (n_fds > 0) {
+		p->fds = malloc(n_fds * sizeof(int));
+		if (!p->fds) {
+			for (size_t i = 0; i < n_fds; i++)
+				kho_close(k->kho, fds[i]);
+			free(p);
+			return -ENOMEM;
+		}
+		memcpy(p->fds, fds, n_fds * sizeof(int));
+		p->n_fds = n_fds;
+	}
+	kho__control__reply__pack(a, p->data);
+	*c->queue_tail = p;
+	c->queue_tail = &p->next;
+	c->n_queue++;
+	r = flush(c);
+	return r == -EAGAIN ? 0 : r;
+}
+
+static int reply_error(struct connection *c, uint64_t serial, int errnum, const char *object,
+		       const char *reason, bool fatal)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__Error e = KHO__CONTROL__ERROR__INIT;
+
+	e.error = errnum < 0 ? -errnum : errnum;
+	e.object = (char *)object;
+	e.reason = (char *)reason;
+	e.fatal = fatal;
+	a.body_case = KHO__CONTROL__REPLY__BODY_ERROR;
+	a.error = &e;
+	if (fatal)
+		c->closing = true;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+/* A refusal from below: its object, its sentence, its causes. Consumes @err. */
+static int reply_refusal(struct connection *c, uint64_t serial, const char *what,
+			 const char *workload, int r, struct kho_error **err)
+{
+	_cleanup_free_ char *text = NULL;
+	const char *object = kho_error_object(*err), *reason;
+	bool valid = kho_name_valid(workload);
+
+	text = kho_error_format(*err, r);
+	reason = text ? text : strerror(-r);
+	log_limited(valid ? workload : NULL, "Refused to %s %s for uid %u%s%s: %s.", what,
+		    valid ? workload : "(a workload with an invalid name)",
+		    (unsigned int)c->who.uid, c->who.unit[0] ? ", unit " : "", c->who.unit,
+		    strerror(-r));
+	/* The object has a field of its own; do not say it twice. */
+	if (*object && text && strncmp(text, object, strlen(object)) == 0 &&
+	    strncmp(text + strlen(object), ": ", 2) == 0)
+		reason = text + strlen(object) + 2;
+	r = reply_error(c, serial, r, object, reason, false);
+	*err = kho_error_free(*err);
+	return r;
+}
+
+static int garbage(struct connection *c, uint64_t serial, int errnum, const char *reason)
+{
+	log_limited(NULL, "Client of uid %u%s%s breaks the protocol: %s. Disconnected.",
+		    (unsigned int)c->who.uid, c->who.unit[0] ? ", unit " : "", c->who.unit,
+		    reason);
+	return reply_error(c, serial, errnum, "request", reason, true);
+}
+
+static int on_hello(struct connection *c, uint64_t serial, const Kho__Control__Hello *q)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__HelloReply h = KHO__CONTROL__HELLO_REPLY__INIT;
+	char text[128];
+
+	if (c->hello)
+		return garbage(c, serial, EPROTO, "HELLO twice");
+	if (q->min_version > KHO_WIRE_VERSION || q->max_version < KHO_WIRE_VERSION) {
+		snprintf(text, sizeof(text),
+			 "this khod speaks version %d, the client %" PRIu32 " to %" PRIu32 ": upgrade the older of the two",
+			 KHO_WIRE_VERSION, q->min_version, q->max_version);
+		return reply_error(c, serial, EPROTO, "version", text, true);
+	}
+	c->hello = true;
+	h.version = KHO_WIRE_VERSION;
+	h.server = (char *)"khod " KHO_VERSION;
+	h.max_packet = KHO_WIRE_PACKET_MAX;
+	h.max_fds_per_packet = KHO_WIRE_FDS_MAX;
+	h.max_files_per_workload = KHO_IMAGE_FILES_MAX;
+	a.body_case = KHO__CONTROL__REPLY__BODY_HELLO;
+	a.hello = &h;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+/* Append a packet's files. Takes the descriptors; *@n_fds is 0 afterwards. */
+static int pending_append(struct pending *p, const Kho__Control__Register *q, int *fds,
+			  size_t *n_fds)
+{
+	size_t total = p->n + q->n_files;
+	char **names;
+	int *copy;
+
+	names = reallocarray(p->names, total + 1, sizeof(*names));
+	if (!names)
+		return -ENOMEM;
+	p->names = names;
+	copy = reallocarray(p->fds, total + 1, sizeof(*copy));
+	if (!copy)
+		return -ENOMEM;
+	p->fds = copy;
+	for (size_t i = 0; i < q->n_files; i++) {
+		names[p->n + i] = strdup(q->files[i]->name);
+		if (!names[p->n + i]) {
+			while (i > 0)
+				free(names[p->n + --i]);
+			return -ENOMEM;
+		}
+	}
+	memcpy(copy + p->n, fds, q->n_files * sizeof(int));
+	p->n = total;
+	*n_fds = 0;
+	return 0;
+}
+
+static int on_register(struct connection *c, uint64_t serial, const Kho__Control__Register *q,
+		       int *fds, size_t *n_fds)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__RegisterReply done = KHO__CONTROL__REGISTER_REPLY__INIT;
+	struct kho_error *err = NULL;
+	struct workload *w = NULL;
+	struct pending *p = c->pending;
+	int r;
+
+	if (q->n_files != *n_fds)
+		return garbage(c, serial, EPROTO,
+			       "REGISTER names another number of files than it brings descriptors");
+	if (!p) {
+		p = c->pending = calloc(1, sizeof(*p));
+		if (!p)
+			return reply_error(c, serial, ENOMEM, "khod", "out of memory", true);
+		if (q->policy && q->policy->keep != KHO__CONTROL__KEEP_MODE__KEEP_UNSPECIFIED &&
+		    q->policy->keep != KHO__CONTROL__KEEP_MODE__KEEP_HOLD)
+			return garbage(c, serial, EOPNOTSUPP, "REGISTER asks for a keep mode that this khod does not know");
+		if (q->claim_secret.len > 0 && (q->claim_secret.len < KHO_SECRET_MIN ||
+						q->claim_secret.len > KHO_SECRET_MAX))
+			return garbage(c, serial, EINVAL, "a claim secret has 16 to 64 bytes");
+		/* Its validity is judged below, where the answer names it. */
+		snprintf(p->name, sizeof(p->name), "%s", kho_name_valid(q->name) ? q->name : "");
+		memcpy(p->secret, q->claim_secret.data, q->claim_secret.len);
+		p->secret_size = q->claim_secret.len;
+	} else if (strcmp(p->name, q->name) != 0) {
+		return garbage(c, serial, EPROTO, "REGISTER goes on under another name");
+	}
+	if (p->n + q->n_files > KHO_IMAGE_FILES_MAX)
+		return garbage(c, serial, E2BIG, "REGISTER with more files than a workload may have");
+	r = pending_append(p, q, fds, n_fds);
+	if (r < 0)
+		return reply_error(c, serial, ENOMEM, "khod", "out of memory", true);
+	if (q->more)
+		return 0;
+
+	r = workload_register(c->k, p->name, &c->who, p->secret, p->secret_size, p->names, p->fds,
+			      p->n, &w, &err);
+	if (r < 0) {
+		r = reply_refusal(c, serial, "register", p->name, r, &err);
+	} else {
+		done.name = w->name;
+		done.files = workload_n_files(w);
+		done.session = w->session_name;
+		a.body_case = KHO__CONTROL__REPLY__BODY_REGISTERED;
+		a.registered = &done;
+		r = reply(c, serial, &a, NULL, 0);
+		FAULT(REGISTER_ANSWERED);
+	}
+	pending_free(c->k, c->pending);
+	c->pending = NULL;
+	return r;
+}
+
+/* A workload that the client may have, or a refusal already sent and NULL. */
+static struct workload *find_authorised(struct connection *c, uint64_t serial, const char *what,
+					const char *name, ProtobufCBinaryData secret, int *ret)
+{
+	struct kho_error *err = NULL;
+	struct workload *w;
+	int r;
+
+	w = kho_name_valid(name) ? workload_find(c->k, name) : NULL;
+	if (!w) {
+		r = kho_error_new(&err, ENOENT, kho_name_valid(name) ? name : "workload",
+				  "there is no workload of that name");
+	} else {
+		r = workload_authorise(w, &c->who, secret.data, secret.len, &err);
+		/* Whose name it is, is nobody else's business. */
+		if (r < 0 && secret.len == 0 && !workload_visible(w, &c->who)) {
+			err = kho_error_free(err);
+			r = kho_error_new(&err, EPERM, name,
+					  "it belongs to another user; root or the claim secret is needed");
+		}
+	}
+	if (r < 0) {
+		*ret = reply_refusal(c, serial, what, name, r, &err);
+		return NULL;
+	}
+	return w;
+}
+
+static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__Claim *q)
+{
+	_cleanup_free_ int *fds = NULL;
+	struct khod *k = c->k;
+	struct kho_error *err = NULL;
+	struct workload *w;
+	size_t n, done = 0;
+	int r;
+
+	if (c->claiming)
+		return garbage(c, serial, EPROTO, "CLAIM before the last one was acknowledged");
+	w = find_authorised(c, serial, "give back", q->name, q->claim_secret, &r);
+	if (!w)
+		return r;
+	n = workload_n_files(w);
+	fds = malloc((n + 1) * sizeof(int));
+	if (!fds)
+		return reply_error(c, serial, ENOMEM, w->name, "khod is out of memory", false);
+	r = workload_open_files(k, w, fds, &err);
+	if (r < 0)
+		return reply_refusal(c, serial, "give back", w->name, r, &err);
+
+	c->claiming = w;
+	c->claiming_from = w->state;
+	w->state = WORKLOAD_CLAIMING;
+	do {
+		Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+		Kho__Control__ClaimReply body = KHO__CONTROL__CLAIM_REPLY__INIT;
+		Kho__Control__FileInfo info[KHO_WIRE_FDS_MAX];
+		Kho__Control__FileInfo *infop[KHO_WIRE_FDS_MAX];
+		size_t now = n - done < KHO_WIRE_FDS_MAX ? n - done : KHO_WIRE_FDS_MAX;
+
+		for (size_t i = 0; i < now; i++) {
+			struct kho_image_file f = {};
+
+			kho_image_file(w->image, done + i, &f);
+			kho__control__file_info__init(&info[i]);
+			info[i].name = (char *)f.name;
+			info[i].kind = (char *)kho_file_kind_name(f.kind);
+			info[i].token = f.token;
+			info[i].size = f.size;
+			infop[i] = &info[i];
+		}
+		body.name = w->name;
+		body.files = infop;
+		body.n_files = now;
+		body.more = done + now < n;
+		body.handovers = kho_image_handovers(w->image);
+		a.body_case = KHO__CONTROL__REPLY__BODY_CLAIM;
+		a.claim = &body;
+		r = reply(c, serial, &a, fds + done, now);
+		done += now;
+		if (r < 0) {
+			while (done < n)
+				kho_close(k->kho, fds[done++]);
+			return r;
+		}
+	} while (done < n);
+	FAULT(CLAIM_SENT);
+	return 0;
+}
+
+static int reply_done(struct connection *c, uint64_t serial)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__Done d = KHO__CONTROL__DONE__INIT;
+
+	a.body_case = KHO__CONTROL__REPLY__BODY_DONE;
+	a.done = &d;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Control__ClaimAck *q)
+{
+	struct kho_error *err = NULL;
+	struct workload *w = c->claiming;
+	char name[KHO_NAME_MAX + 1];
+	int r;
+
+	if (!w || strcmp(w->name, q->name) != 0)
+		return garbage(c, serial, EPROTO, "CLAIM_ACK without its CLAIM");
+	strcpy(name, w->name);
+	c->claiming = NULL;
+	w->state = c->claiming_from;
+	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
+	if (r < 0)
+		return reply_refusal(c, serial, "end the custody of", name, r, &err);
+	r = reply_done(c, serial);
+	FAULT(CLAIM_ANSWERED);
+	return r;
+}
+
+static int on_release(struct connection *c, uint64_t serial, const Kho__Control__Release *q)
+{
+	struct kho_error *err = NULL;
+	char name[KHO_NAME_MAX + 1];
+	struct workload *w;
+	int r;
+
+	w = find_authorised(c, serial, "release", q->name, q->claim_secret, &r);
+	if (!w)
+		return r;
+	strcpy(name, w->name);
+	if (w->state == WORKLOAD_CLAIMING) {
+		r = kho_error_new(&err, EBUSY, name, "a client is claiming it");
+		return reply_refusal(c, serial, "release", name, r, &err);
+	}
+	r = workload_end(c->k, w, CUSTODY_RELEASED, &err);
+	if (r < 0)
+		return reply_refusal(c, serial, "release", name, r, &err);
+	r = reply_done(c, serial);
+	FAULT(RELEASE_ANSWERED);
+	return r;
+}
+
+static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
+{
+	switch (state) {
+	case WORKLOAD_HELD:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_HELD;
+	case WORKLOAD_CLAIMING:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_CLAIMING;
+	case WORKLOAD_UNREADABLE:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_UNREADABLE;
+	case WORKLOAD_FAILED:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_FAILED;
+	}
+	return KHO__CONTROL__WORKLOAD_STATE__STATE_UNSPECIFIED;
+}
+
+static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
+{
+	kho__control__workload_info__init(info);
+	info->name = w->name;
+	info->state = state_to_wire(w->state);
+	info->session = w->session_name;
+	info->reason = (char *)workload_reason(w);
+	info->owner_uid = UINT32_MAX;
+	if (w->image) {
+		info->owner_uid = kho_image_uid(w->image);
+		info->unit = (char *)kho_image_unit(w->image);
+		info->handovers = kho_image_handovers(w->image);
+		info->registered_realtime_usec = kho_image_registered_usec(w->image);
+		info->secret = kho_image_has_secret(w->image);
+	}
+	info->count = workload_n_files(w);
+	info->bytes = workload_bytes(w);
+}
+
+static int send_list(struct connection *c, uint64_t serial, Kho__Control__WorkloadInfo **infos,
+		     size_t n, bool more)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__ListReply l = KHO__CONTROL__LIST_REPLY__INIT;
+
+	l.workloads = infos;
+	l.n_workloads = n;
+	l.more = more;
+	a.body_case = KHO__CONTROL__REPLY__BODY_LIST;
+	a.list = &l;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+static int on_list(struct connection *c, uint64_t serial)
+{
+	enum { BATCH = 64 };
+	Kho__Control__WorkloadInfo info[BATCH], *infop[BATCH];
+	size_t n = 0, bytes = 0;
+	int r;
+
+	for (struct workload *w = c->k->workloads; w; w = w->next) {
+		size_t size;
+
+		if (!workload_visible(w, &c->who))
+			continue;
+		to_info(w, &info[n]);
+		infop[n] = &info[n];
+		size = kho__control__workload_info__get_packed_size(&info[n]);
+		n++;
+		bytes += size;
+		if (n == BATCH || bytes > REPLY_SOFT_MAX) {
+			r = send_list(c, serial, infop, n, true);
+			if (r < 0)
+				return r;
+			n = bytes = 0;
+		}
+	}
+	return send_list(c, serial, infop, n, false);
+}
+
+static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Show *q)
+{
+	_cleanup_free_ Kho__Control__FileInfo *files = NULL;
+	_cleanup_free_ Kho__Control__FileInfo **filep = NULL;
+	Kho__Control__WorkloadInfo info, *infop = &info;
+	struct workload *w;
+	size_t n;
+	int r;
+
+	w = find_authorised(c, serial, "show", q->name, (ProtobufCBinaryData){}, &r);
+	if (!w)
+		return r;
+	n = workload_n_files(w);
+	files = calloc(n + 1, sizeof(*files));
+	filep = calloc(n + 1, sizeof(*filep));
+	if (!files || !filep)
+		return reply_error(c, serial, ENOMEM, w->name, "khod is out of memory", false);
+	to_info(w, &info);
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		kho__control__file_info__init(&files[i]);
+		files[i].name = (char *)f.name;
+		files[i].kind = (char *)kho_file_kind_name(f.kind);
+		files[i].token = f.token;
+		files[i].size = f.size;
+		filep[i] = &files[i];
+	}
+	info.files = filep;
+	info.n_files = n;
+	return send_list(c, serial, &infop, 1, false);
+}
+
+static int on_status(struct connection *c, uint64_t serial)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__StatusReply s = KHO__CONTROL__STATUS_REPLY__INIT;
+	struct khod *k = c->k;
+
+	s.server = (char *)"khod " KHO_VERSION;
+	s.liveupdate = !k->luo_reason;
+	s.liveupdate_reason = k->luo_reason ? k->luo_reason : (char *)"";
+	s.retrieve_outgoing = k->retrieve_outgoing;
+	s.fdstore = k->fdstore.available;
+	s.fdstore_used = k->fdstore.used;
+	s.fdstore_max = k->fdstore.max;
+	for (struct workload *w = k->workloads; w; w = w->next) {
+		if (!workload_visible(w, &c->who))
+			continue;
+		s.workloads++;
+		s.workloads_failed += w->state == WORKLOAD_FAILED;
+		s.bytes += workload_bytes(w);
+	}
+	s.connections = k->n_connections;
+	s.boot_id = k->boot_id;
+	s.kernel_release = k->kernel_release;
+	s.fault_points = KHOD_WITH_FAULT_POINTS;
+	a.body_case = KHO__CONTROL__REPLY__BODY_STATUS;
+	a.status = &s;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+/* One packet. *@n_fds is what is left of @fds for the caller to close. */
+static int dispatch(struct connection *c, const Kho__Control__Request *q, int *fds,
+		    size_t *n_fds)
+{
+	uint64_t serial = q->serial;
+
+	if (!c->hello && q->body_case != KHO__CONTROL__REQUEST__BODY_HELLO)
+		return garbage(c, serial, EPROTO, "the first message is not HELLO");
+	if (*n_fds > 0 && q->body_case != KHO__CONTROL__REQUEST__BODY_REGISTRATION)
+		return garbage(c, serial, EPROTO, "descriptors with a message that takes none");
+	if (c->pending && q->body_case != KHO__CONTROL__REQUEST__BODY_REGISTRATION)
+		return garbage(c, serial, EPROTO, "another message in the middle of a REGISTER");
+
+	switch (q->body_case) {
+	case KHO__CONTROL__REQUEST__BODY_HELLO:
+		return on_hello(c, serial, q->hello);
+	case KHO__CONTROL__REQUEST__BODY_REGISTRATION:
+		return on_register(c, serial, q->registration, fds, n_fds);
+	case KHO__CONTROL__REQUEST__BODY_CLAIM:
+		return on_claim(c, serial, q->claim);
+	case KHO__CONTROL__REQUEST__BODY_CLAIM_ACK:
+		return on_claim_ack(c, serial, q->claim_ack);
+	case KHO__CONTROL__REQUEST__BODY_RELEASE:
+		return on_release(c, serial, q->release);
+	case KHO__CONTROL__REQUEST__BODY_LIST:
+		return on_list(c, serial);
+	case KHO__CONTROL__REQUEST__BODY_SHOW:
+		return on_show(c, serial, q->show);
+	case KHO__CONTROL__REQUEST__BODY_STATUS:
+		return on_status(c, serial);
+	default:
+		return garbage(c, serial, EOPNOTSUPP, "a message of a kind that this khod does not know");
+	}
+}
+
+/* Unread input would make close() reset the connection, and lose our last words. */
+static void drain(struct connection *c, uint8_t *buf)
+{
+	for (int i = 0; i < 256; i++) {
+		int fds[KHO_WIRE_FDS_MAX];
+		size_t n_fds;
+		ssize_t n = kho_wire_recv(c->k->kho, c->fd, buf, fds, &n_fds);
+
+		if (n <= 0 && n != -EMFILE && n != -EMSGSIZE)
+			break;
+		while (n_fds > 0)
+			kho_close(c->k->kho, fds[--n_fds]);
+	}
+}
+
+static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
+{
+	struct connection *c = userdata;
+	struct khod *k = c->k;
+	static uint8_t buf[KHO_WIRE_PACKET_MAX];
+	bool gone = false;
+	int r = 0;
+
+	if (revents & EPOLLOUT) {
+		r = flush(c);
+		gone = r < 0 && r != -EAGAIN;
+	}
+	/* While answers are waiting nothing new is read: the client must read first. */
+	for (int i = 0; i < 16 && !gone && !c->closing && !c->queue; i++) {
+		Kho__Control__Request *q;
+		int fds[KHO_WIRE_FDS_MAX];
+		size_t n_fds = 0;
+		ssize_t n;
+
+		n = kho_wire_recv(k->kho, c->fd, buf, fds, &n_fds);
+		if (n == -EAGAIN)
+			break;
+		if (n == -EMFILE) {
+			r = garbage(c, 0, EMFILE,
+				    "more descriptors than one packet may bring, or than khod may have open");
+		} else if (n == -EMSGSIZE) {
+			r = garbage(c, 0, EMSGSIZE, "a packet that is too large");
+		} else if (n <= 0) {
+			gone = true;
+			break;
+		} else {
+			q = kho_wire_request_unpack(buf, n);
+			r = q ? dispatch(c, q, fds, &n_fds) :
+				garbage(c, 0, EBADMSG, "a packet that is not a message");
+			kho_wire_request_free(q);
+		}
+		while (n_fds > 0)
+			kho_close(k->kho, fds[--n_fds]);
+		gone = r < 0;
+	}
+	if (c->closing && !c->queue) {
+		drain(c, buf);
+		gone = true;
+	}
+	if (gone || (revents & EPOLLERR)) {
+		connection_free(c);
+		return 0;
+	}
+	deadline(c);
+	(void)sd_event_source_set_io_events(c->io, c->queue ? EPOLLOUT : EPOLLIN);
+	return 0;
+}
+
+static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
+{
+	struct connection *c = userdata;
+	const char *what = !c->hello	? "HELLO" :
+			   c->claiming	? "CLAIM_ACK" :
+			   c->pending	? "the rest of REGISTER" :
+					  "a request";
+	char text[96];
+
+	snprintf(text, sizeof(text), "no %s came before the deadline", what);
+	if (!c->closing && !c->queue)
+		(void)reply_error(c, 0, ETIMEDOUT, "connection", text, true);
+	connection_free(c);
+	return 0;
+}
+
+/*
+ * The unit of the peer. Its pid may be reused between the credentials and the look at
+ * its cgroup; a pidfd from the socket, still alive after the look, proves it was not.
+ */
+static void peer_unit(int fd, pid_t pid, char *unit, size_t size)
+{
+	_cleanup_free_ char *name = NULL;
+	int pidfd = -1;
+	socklen_t len = sizeof(pidfd);
+
+	unit[0] = 0;
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &len) < 0)
+		pidfd = -1;
+	if (sd_pid_get_unit(pid, &name) >= 0 && strlen(name) < size &&
+	    (pidfd < 0 || pidfd_send_signal(pidfd, 0, NULL, 0) == 0))
+		strcpy(unit, name);
+	if (pidfd >= 0)
+		close(pidfd);
+}
+
+/* Too early for a connection object: one packet, if it fits, and goodbye. */
+static void turn_away(struct khod *k, int fd, const char *reason)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__Error e = KHO__CONTROL__ERROR__INIT;
+	uint8_t buf[512];
+
+	e.error = EDQUOT;
+	e.object = (char *)"connection";
+	e.reason = (char *)reason;
+	e.fatal = true;
+	a.serial = 1;
+	a.body_case = KHO__CONTROL__REPLY__BODY_ERROR;
+	a.error = &e;
+	if (kho__control__reply__get_packed_size(&a) <= sizeof(buf)) {
+		size_t size = kho__control__reply__pack(&a, buf);
+
+		(void)kho_wire_send(k->kho, fd, buf, size, NULL, 0);
+	}
+	close(fd);
+}
+
+static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *userdata)
+{
+	struct khod *k = userdata;
+	struct connection *c;
+	struct ucred cred;
+	socklen_t len = sizeof(cred);
+	unsigned int same = 0;
+	int fd, r;
+
+	fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (fd < 0) {
+		if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR) {
+			log_limited(NULL, "Cannot accept a client: %s.", strerror(errno));
+			/* Out of descriptors: without a pause this would spin. */
+			nanosleep(&(struct timespec){ .tv_nsec = 10 * 1000 * 1000 }, NULL);
+		}
+		return 0;
+	}
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0) {
+		close(fd);
+		return 0;
+	}
+	for (c = k->connections; c; c = c->next)
+		same += c->who.uid == cred.uid;
+	if (k->n_connections >= MAX_CONNECTIONS) {
+		turn_away(k, fd, "khod has as many clients as it may");
+		return 0;
+	}
+	if (same >= (cred.uid ? MAX_CONNECTIONS_UID : MAX_CONNECTIONS_ROOT)) {
+		log_limited(NULL, "uid %u has as many connections as it may; another is refused.",
+			    (unsigned int)cred.uid);
+		turn_away(k, fd, "this user has as many connections as it may: close one");
+		return 0;
+	}
+
+	c = calloc(1, sizeof(*c));
+	if (!c) {
+		close(fd);
+		return 0;
+	}
+	c->k = k;
+	c->fd = fd;
+	c->queue_tail = &c->queue;
+	c->who.uid = cred.uid;
+	peer_unit(fd, cred.pid, c->who.unit, sizeof(c->who.unit));
+	c->next = k->connections;
+	k->connections = c;
+	k->n_connections++;
+	r = sd_event_add_io(k->event, &c->io, fd, EPOLLIN, on_io, c);
+	if (r >= 0)
+		r = sd_event_add_time_relative(k->event, &c->timer, CLOCK_MONOTONIC,
+					       DEADLINE_HELLO * 1000000ULL, 0, on_deadline, c);
+	if (r < 0)
+		connection_free(c);
+	return 0;
+}
+
+int server_start(struct khod *k, struct kho_error **err)
+{
+	struct sockaddr_un sa = { .sun_family = AF_UNIX };
+	int r;
+
+	if (k->listen_fd < 0) {
+		if (strlen(k->socket_path) >= sizeof(sa.sun_path))
+			return kho_error_new(err, ENAMETOOLONG, k->socket_path, "the path is too long for a socket");
+		strcpy(sa.sun_path, k->socket_path);
+		k->listen_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		if (k->listen_fd < 0)
+			return kho_error_new(err, errno, k->socket_path, "socket: %s", strerror(errno));
+		/* The lock is ours, so nobody listens on what is there. */
+		(void)unlink(k->socket_path);
+		if (bind(k->listen_fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 ||
+		    listen(k->listen_fd, 64) < 0)
+			return kho_error_new(err, errno, k->socket_path, "cannot listen: %s", strerror(errno));
+	}
+	r = sd_event_add_io(k->event, &k->listen_source, k->listen_fd, EPOLLIN, on_accept, k);
+	if (r < 0)
+		return kho_error_new(err, r, "socket", "cannot be watched: %s", strerror(-r));
+	return 0;
+}
+
+void server_stop(struct khod *k)
+{
+	while (k->connections)
+		connection_free(k->connections);
+	sd_event_source_disable_unref(k->listen_source);
+	if (k->listen_fd >= 0)
+		close(k->listen_fd);
+}

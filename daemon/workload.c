@@ -1,0 +1,579 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * One workload in custody.
+ *
+ * The resting state is one outgoing LUO session per workload that holds its files
+ * and, preserved last, its image; the session's descriptor is in systemd's fd
+ * store, and nothing else of the workload is. The image under KHO_TOKEN_IMAGE is the
+ * commit record: a session with it is complete, a session without it never was.
+ *
+ * Register: create the session, store it, preserve each file, preserve the image,
+ * answer. A khod that dies on the way leaves a session without an image, which the
+ * next one discards: the client has had no answer and still owns its files.
+ *
+ * Claim: send descriptors, wait for the acknowledgement, take the session out of the
+ * store, close it. Until the acknowledgement nothing has changed; after the session
+ * is out of the store its last descriptor is khod's, so dying closes it too.
+ */
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/statfs.h>
+#include <time.h>
+
+#include "fault.h"
+#include "khod.h"
+#include "log.h"
+
+#ifndef F_SEAL_EXEC
+#define F_SEAL_EXEC 0x0020
+#endif
+#ifndef HUGETLBFS_MAGIC
+#define HUGETLBFS_MAGIC 0x958458f6
+#endif
+
+#define SESSION_PREFIX "khod:"
+#define SUFFIX_LEN 8	/* origin and 7 hexadecimal digits */
+_Static_assert(sizeof(SESSION_PREFIX) - 1 + KHO_NAME_MAX + 1 + SUFFIX_LEN < KHO_LUO_NAME_MAX,
+	       "a session name holds any workload name");
+
+struct workload *workload_find(struct khod *k, const char *name)
+{
+	for (struct workload *w = k->workloads; w; w = w->next)
+		if (strcmp(w->name, name) == 0)
+			return w;
+	return NULL;
+}
+
+struct workload *workload_new(struct khod *k, const char *name)
+{
+	struct workload *w = calloc(1, sizeof(*w));
+
+	if (!w)
+		return NULL;
+	snprintf(w->name, sizeof(w->name), "%s", name);
+	w->session = -1;
+	w->next = k->workloads;
+	k->workloads = w;
+	return w;
+}
+
+void workload_free(struct khod *k, struct workload *w)
+{
+	for (struct workload **p = &k->workloads; *p; p = &(*p)->next)
+		if (*p == w) {
+			*p = w->next;
+			break;
+		}
+	if (w->fds)
+		for (size_t i = 0; i < workload_n_files(w); i++)
+			kho_close(k->kho, w->fds[i]);
+	for (size_t i = 0; i < w->n_stored; i++)
+		if (w->stored[i].fd != w->session)
+			kho_close(k->kho, w->stored[i].fd);
+	kho_close(k->kho, w->session);
+	kho_image_free(w->image);
+	free(w->fds);
+	free(w->stored);
+	free(w->reason);
+	free(w);
+}
+
+size_t workload_n_files(const struct workload *w)
+{
+	return w->image ? kho_image_n_files(w->image) : 0;
+}
+
+uint64_t workload_bytes(const struct workload *w)
+{
+	return w->image ? kho_image_bytes(w->image) : 0;
+}
+
+const char *workload_reason(const struct workload *w)
+{
+	if (w->reason)
+		return w->reason;
+	if (w->state == WORKLOAD_UNREADABLE)
+		return "this kernel cannot give back what it preserved before the next kexec (LIVEUPDATE_SESSION_RETRIEVE_FD refuses outgoing sessions); it will be carried over";
+	return "";
+}
+
+int workload_add_stored(struct workload *w, const char *fdname, int fd)
+{
+	struct stored *s = reallocarray(w->stored, w->n_stored + 1, sizeof(*s));
+
+	if (!s)
+		return -ENOMEM;
+	w->stored = s;
+	s += w->n_stored++;
+	snprintf(s->fdname, sizeof(s->fdname), "%s", fdname);
+	s->fd = fd;
+	return 0;
+}
+
+int workload_unstore(struct khod *k, struct workload *w, const char *fdname,
+		     struct kho_error **err)
+{
+	bool asked = false;
+
+	for (size_t i = 0; i < w->n_stored;) {
+		int fd, r;
+
+		if (strcmp(w->stored[i].fdname, fdname) != 0) {
+			i++;
+			continue;
+		}
+		if (!asked) {
+			r = fdstore_remove(&k->fdstore, fdname, err);
+			if (r < 0)
+				return r;
+			asked = true;
+		}
+		fd = w->stored[i].fd;
+		w->stored[i] = w->stored[--w->n_stored];
+		/* The session's own descriptor is closed by whoever ends the session. */
+		if (fd != w->session)
+			kho_close(k->kho, fd);
+	}
+	return 0;
+}
+
+void workload_fail(struct workload *w, struct kho_error **err, int r)
+{
+	free(w->reason);
+	w->reason = kho_error_format(err ? *err : NULL, r);
+	w->state = WORKLOAD_FAILED;
+	if (err)
+		*err = kho_error_free(*err);
+}
+
+void session_fdname(const char *session, char fdname[FDSTORE_NAME_MAX])
+{
+	/* A colon separates names in LISTEN_FDNAMES. */
+	snprintf(fdname, FDSTORE_NAME_MAX, "%s", session);
+	for (char *p = fdname; *p; p++)
+		if (*p == ':')
+			*p = '+';
+}
+
+bool session_parse(const char *session, char name[KHO_NAME_MAX + 1], char *origin)
+{
+	const char *p, *colon;
+	size_t len;
+
+	if (strncmp(session, SESSION_PREFIX, strlen(SESSION_PREFIX)) != 0)
+		return false;
+	p = session + strlen(SESSION_PREFIX);
+	colon = strchr(p, ':');
+	if (!colon || strlen(colon + 1) != SUFFIX_LEN ||
+	    strspn(colon + 2, "0123456789abcdef") != SUFFIX_LEN - 1 ||
+	    (colon[1] != 'r' && colon[1] != 't'))
+		return false;
+	len = colon - p;
+	if (len == 0 || len > KHO_NAME_MAX)
+		return false;
+	memcpy(name, p, len);
+	name[len] = 0;
+	*origin = colon[1];
+	return kho_name_valid(name);
+}
+
+int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_NAME_MAX],
+		struct kho_error **err)
+{
+	int r = 0;
+
+	/*
+	 * The device is exclusive: somebody may just be using it. And seven random digits
+	 * may be taken. Both pass.
+	 */
+	for (int try = 0; try < 10; try++) {
+		struct kho_error *e = NULL;
+		uint32_t rnd;
+		ssize_t n;
+
+		n = kho_op(k->kho, getrandom, &rnd, sizeof(rnd));
+		if (n != sizeof(rnd))
+			return kho_error_new(err, n < 0 ? (int)n : EIO, name, "no random bytes");
+		snprintf(ret, KHO_LUO_NAME_MAX, SESSION_PREFIX "%s:%c%07" PRIx32, name, origin,
+			 rnd & 0xfffffff);
+		r = kho_luo_session_create(k->kho, ret, &e);
+		if (r >= 0)
+			return r;
+		if ((r != -EBUSY && r != -EEXIST) || try == 9) {
+			*err = e;
+			return r;
+		}
+		kho_error_free(e);
+		if (r == -EBUSY)
+			nanosleep(&(struct timespec){ .tv_nsec = 50 * 1000 * 1000 }, NULL);
+	}
+	return r;
+}
+
+static uint64_t now_usec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
+}
+
+int image_commit(struct khod *k, struct kho_image *image, int session, struct kho_error **err)
+{
+	int fd, r;
+
+	r = kho_image_set_origin(image, k->boot_id, k->kernel_release, now_usec(), err);
+	if (r < 0)
+		return r;
+	fd = kho_image_write_memfd(k->kho, image, err);
+	if (fd < 0)
+		return fd;
+	r = kho_luo_preserve(k->kho, session, fd, KHO_TOKEN_IMAGE, err);
+	kho_close(k->kho, fd);
+	if (r < 0)
+		return kho_error_new(err, r, kho_image_name(image), "the image");
+	return 0;
+}
+
+/* Only what will come back as it went is taken. */
+static int file_check(struct khod *k, const char *name, int fd, struct kho_image_file *file,
+		      struct stat *st, struct kho_error **err)
+{
+	struct statfs sfs;
+	int seals, r;
+
+	r = kho_op(k->kho, fstat, fd, st);
+	if (r < 0)
+		return kho_error_new(err, r, name, "cannot be examined: %s", strerror(-r));
+	seals = kho_op(k->kho, fcntl, fd, F_GET_SEALS, 0);
+	if (!S_ISREG(st->st_mode) || seals < 0)
+		return kho_error_new(err, EMEDIUMTYPE, name, "is %s; only memfds can be preserved",
+				     S_ISREG(st->st_mode) ? "a file of a file system" :
+				     S_ISDIR(st->st_mode) ? "a directory" :
+				     S_ISSOCK(st->st_mode) ? "a socket" :
+				     S_ISFIFO(st->st_mode) ? "a pipe" :
+				     S_ISCHR(st->st_mode) ? "a character device" :
+				     S_ISBLK(st->st_mode) ? "a block device" :
+							    "an anonymous kernel object");
+	if (fstatfs(fd, &sfs) == 0 && sfs.f_type == (__fsword_t)HUGETLBFS_MAGIC)
+		return kho_error_new(err, EOPNOTSUPP, name,
+				     "is a hugetlb memfd, which the kernel cannot preserve: use an ordinary memfd (transparent huge pages are carried over)");
+	if (st->st_nlink > 0)
+		return kho_error_new(err, EMEDIUMTYPE, name,
+				     "is a file of a tmpfs; only memfds can be preserved");
+	/*
+	 * memfd_luo restores seals onto an inode whose mode has exec bits, where
+	 * F_SEAL_EXEC implies F_SEAL_WRITE (memfd_add_seals): a memfd that was writable
+	 * would come back read-only.
+	 */
+	if ((seals & F_SEAL_EXEC) && !(seals & F_SEAL_WRITE))
+		return kho_error_new(err, EOPNOTSUPP, name,
+				     "is sealed against exec but not against writing, and would come back from the kexec sealed against both: create it with MFD_EXEC instead of MFD_NOEXEC_SEAL");
+	file->name = name;
+	file->kind = KHO_FILE_MEMFD;
+	file->size = st->st_size;
+	file->seals = seals;
+	return 0;
+}
+
+static int quota_check(struct khod *k, uid_t uid, size_t n_files, struct kho_error **err)
+{
+	size_t workloads = 0, files = 0;
+	size_t max_w = uid ? MAX_WORKLOADS_UID : MAX_WORKLOADS_ROOT;
+	size_t max_f = uid ? MAX_FILES_UID : MAX_FILES_ROOT;
+
+	for (struct workload *w = k->workloads; w; w = w->next) {
+		if (!w->image || kho_image_uid(w->image) != uid)
+			continue;
+		workloads++;
+		files += workload_n_files(w);
+	}
+	if (workloads >= max_w)
+		return kho_error_new(err, EDQUOT, "user", "uid %u has %zu workloads, the most it may have: release one",
+				     (unsigned int)uid, workloads);
+	if (files + n_files > max_f)
+		return kho_error_new(err, EDQUOT, "user", "uid %u has %zu files and asks for %zu more; it may have %zu",
+				     (unsigned int)uid, files, n_files, max_f);
+	return 0;
+}
+
+static int build_image(struct khod *k, const char *name, const struct identity *who,
+		       const void *secret, size_t secret_size, char *const *names,
+		       const int *fds, size_t n, struct kho_image **ret, struct kho_error **err)
+{
+	_cleanup_image_ struct kho_image *image = NULL;
+	_cleanup_free_ struct stat *st = NULL;
+	int r;
+
+	r = kho_image_new(&image, name, who->uid, who->unit, err);
+	if (r < 0)
+		return r;
+	kho_image_set_registered_usec(image, now_usec());
+	if (secret_size > 0) {
+		r = kho_image_set_secret(k->kho, image, secret, secret_size, err);
+		if (r < 0)
+			return r;
+	}
+	st = calloc(n + 1, sizeof(*st));
+	if (!st)
+		return kho_error_new(err, ENOMEM, name, "out of memory");
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file file = {};
+
+		if (!kho_name_valid(names[i]))
+			return kho_error_new(err, EINVAL, name, "the name of file %zu is not valid", i);
+		r = file_check(k, names[i], fds[i], &file, &st[i], err);
+		if (r < 0)
+			return r;
+		for (size_t j = 0; j < i; j++)
+			if (st[j].st_dev == st[i].st_dev && st[j].st_ino == st[i].st_ino)
+				return kho_error_new(err, EINVAL, names[i],
+						     "is the same memfd as '%s'", names[j]);
+		file.token = KHO_TOKEN_IMAGE + 1 + i;
+		r = kho_image_add_file(image, &file, err);
+		if (r < 0)
+			return r;
+	}
+	*ret = TAKE_PTR(image);
+	return 0;
+}
+
+/*
+ * Ask a complete session for its image, to learn whether this kernel gives back what
+ * is preserved before a kexec. Where it does not, khod keeps descriptors of its own.
+ */
+static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t n)
+{
+	int r = kho_luo_retrieve(k->kho, w->session, KHO_TOKEN_IMAGE, NULL);
+
+	if (r >= 0) {
+		k->retrieve_outgoing = true;
+		kho_close(k->kho, r);
+		return;
+	}
+	if (r == -EINVAL)
+		k->retrieve_outgoing = false;
+
+	w->fds = calloc(n, sizeof(int));
+	if (!w->fds) {
+		w->state = WORKLOAD_UNREADABLE;
+		return;
+	}
+	for (size_t i = 0; i < n; i++) {
+		r = kho_op(k->kho, fcntl, fds[i], F_DUPFD_CLOEXEC, 3);
+		if (r < 0)
+			w->state = WORKLOAD_UNREADABLE;
+		w->fds[i] = r < 0 ? -1 : r;
+	}
+}
+
+int workload_register(struct khod *k, const char *name, const struct identity *who,
+		      const void *secret, size_t secret_size, char *const *names, const int *fds,
+		      size_t n, struct workload **ret, struct kho_error **err)
+{
+	_cleanup_image_ struct kho_image *image = NULL;
+	char fdname[FDSTORE_NAME_MAX];
+	bool stored = false;
+	struct workload *w;
+	int r;
+
+	if (!kho_name_valid(name))
+		return kho_error_new(err, EINVAL, "workload",
+				     "a name has 1 to %d of A-Z a-z 0-9 _ . @ - and does not begin with . or -",
+				     KHO_NAME_MAX);
+	if (workload_find(k, name))
+		return kho_error_new(err, EEXIST, name,
+				     "the name is in use: claim or release that workload, or choose another name");
+	if (n == 0)
+		return kho_error_new(err, EINVAL, name, "a workload needs at least one file");
+	if (k->luo_reason)
+		return kho_error_new(err, EOPNOTSUPP, name, "%s", k->luo_reason);
+	if (!k->fdstore.available)
+		return kho_error_new(err, ENODEV, name,
+				     "khod has no fd store, so it could not hold anything over a crash: run it as khod.service");
+	r = quota_check(k, who->uid, n, err);
+	if (r < 0)
+		return r;
+	/* In the next kernel every file is in the store for a moment, and the image. */
+	if (k->fdstore.used + 1 + n + 2 > k->fdstore.max)
+		return kho_error_new(err, ENOSPC, name,
+				     "systemd's fd store has no room for it (%u of %u places taken): raise FileDescriptorStoreMax= of khod.service",
+				     k->fdstore.used, k->fdstore.max);
+	r = build_image(k, name, who, secret, secret_size, names, fds, n, &image, err);
+	if (r < 0)
+		return r;
+
+	w = workload_new(k, name);
+	if (!w)
+		return kho_error_new(err, ENOMEM, name, "out of memory");
+	w->image = TAKE_PTR(image);
+	FAULT(REGISTER_BEGIN);
+
+	w->session = session_new(k, name, 'r', w->session_name, err);
+	if (w->session < 0) {
+		r = w->session;
+		w->session = -1;
+		goto fail;
+	}
+	FAULT(REGISTER_SESSION_CREATED);
+
+	session_fdname(w->session_name, fdname);
+	r = workload_add_stored(w, fdname, w->session);
+	if (r < 0) {
+		kho_error_new(err, r, name, "out of memory");
+		goto fail;
+	}
+	r = fdstore_push(&k->fdstore, fdname, w->session, err);
+	if (r < 0)
+		goto fail;
+	stored = true;
+	FAULT(REGISTER_SESSION_STORED);
+
+	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		khod_busy(k, f.size);
+		r = kho_luo_preserve(k->kho, w->session, fds[i], f.token, err);
+		if (r < 0) {
+			kho_error_new(err, r, f.name, "cannot be preserved");
+			goto fail;
+		}
+		FAULT(REGISTER_FILE_PRESERVED);
+	}
+
+	r = image_commit(k, w->image, w->session, err);
+	if (r < 0)
+		goto fail;
+	FAULT(REGISTER_IMAGE_PRESERVED);
+
+	w->state = WORKLOAD_HELD;
+	keep_fds(k, w, fds, n);
+	khod_idle(k);
+	khod_status_line(k);
+	log_event(LOG_INFO, MSG_REGISTERED, name,
+		  "Workload %s registered by uid %u%s%s: %zu files, %" PRIu64 " bytes, session %s.",
+		  name, (unsigned int)who->uid, who->unit[0] ? ", unit " : "", who->unit, n,
+		  workload_bytes(w), w->session_name);
+	*ret = w;
+	return 0;
+
+fail:
+	/* Out of the store first: closing our own then unpreserves everything in it. */
+	if (stored && fdstore_remove(&k->fdstore, fdname, NULL) < 0)
+		log_event(LOG_WARNING, MSG_FAILED, name,
+			  "The remains of the failed registration of %s stay in the fd store until khod is restarted.",
+			  name);
+	khod_idle(k);
+	workload_free(k, w);
+	return r;
+}
+
+int workload_authorise(const struct workload *w, const struct identity *who, const void *secret,
+		       size_t secret_size, struct kho_error **err)
+{
+	const char *unit;
+
+	if (who->uid == 0)
+		return 0;
+	if (!w->image)
+		return kho_error_new(err, EPERM, w->name,
+				     "its owner cannot be read, so only root may have it");
+	if (secret_size > 0) {
+		if (kho_image_check_secret(w->image, secret, secret_size))
+			return 0;
+		return kho_error_new(err, EPERM, w->name, "the claim secret is wrong");
+	}
+	if (who->uid != kho_image_uid(w->image))
+		return kho_error_new(err, EPERM, w->name, "it belongs to another user");
+	/* A service keeps its name over a kexec; a login's scope does not. */
+	unit = kho_image_unit(w->image);
+	if (strlen(unit) > 8 && strcmp(unit + strlen(unit) - 8, ".service") == 0 &&
+	    strcmp(unit, who->unit) != 0)
+		return kho_error_new(err, EPERM, w->name,
+				     "it belongs to %s, and this client runs in %s", unit,
+				     who->unit[0] ? who->unit : "no unit");
+	return 0;
+}
+
+bool workload_visible(const struct workload *w, const struct identity *who)
+{
+	return who->uid == 0 || (w->image && kho_image_uid(w->image) == who->uid);
+}
+
+int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho_error **err)
+{
+	size_t n = workload_n_files(w), i;
+	int r;
+
+	if (w->state == WORKLOAD_CLAIMING)
+		return kho_error_new(err, EBUSY, w->name,
+				     "another client is claiming it; try again when it has finished");
+	if (w->state == WORKLOAD_UNREADABLE)
+		return kho_error_new(err, EOPNOTSUPP, w->name, "%s", workload_reason(w));
+	if (!w->image || (w->state == WORKLOAD_FAILED && !w->fds))
+		return kho_error_new(err, EIO, w->name, "it cannot be given back: %s",
+				     workload_reason(w));
+
+	for (i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		if (w->fds)
+			r = kho_op(k->kho, fcntl, w->fds[i], F_DUPFD_CLOEXEC, 3);
+		else
+			r = kho_luo_retrieve(k->kho, w->session, f.token, err);
+		if (r < 0) {
+			while (i > 0)
+				kho_close(k->kho, fds[--i]);
+			return kho_error_new(err, r, f.name, "of workload %s cannot be given back",
+					     w->name);
+		}
+		fds[i] = r;
+	}
+	return 0;
+}
+
+int workload_end(struct khod *k, struct workload *w, enum custody_end how,
+		 struct kho_error **err)
+{
+	char name[KHO_NAME_MAX + 1];
+	int r;
+
+	strcpy(name, w->name);
+	if (how == CUSTODY_CLAIMED)
+		FAULT(CLAIM_ACKED);
+	else
+		FAULT(RELEASE_BEGIN);
+
+	while (w->n_stored > 0) {
+		char fdname[FDSTORE_NAME_MAX];
+
+		strcpy(fdname, w->stored[0].fdname);
+		r = workload_unstore(k, w, fdname, err);
+		if (r < 0)
+			return kho_error_new(err, r, name, "is still held");
+		if (how == CUSTODY_CLAIMED)
+			FAULT(CLAIM_REMOVED);
+		else
+			FAULT(RELEASE_REMOVED);
+	}
+	workload_free(k, w);
+	if (how == CUSTODY_CLAIMED)
+		FAULT(CLAIM_CLOSED);
+	else
+		FAULT(RELEASE_CLOSED);
+
+	khod_status_line(k);
+	if (how == CUSTODY_CLAIMED)
+		log_event(LOG_INFO, MSG_CLAIMED, name, "Workload %s claimed: it is no longer held.",
+			  name);
+	else
+		log_event(LOG_INFO, MSG_RELEASED, name,
+			  "Workload %s released: it is no longer held.", name);
+	return 0;
+}
