@@ -440,7 +440,9 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 		khod_busy(k, f.size);
 		r = kho_luo_preserve(k->kho, w->session, fds[i], f.token, err);
 		if (r < 0) {
-			kho_error_new(err, r, f.name, "cannot be preserved");
+			/* To a client ENOENT means that there is no such workload. */
+			r = kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f.name,
+					  "cannot be preserved");
 			goto fail;
 		}
 		FAULT(REGISTER_FILE_PRESERVED);

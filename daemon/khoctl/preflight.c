@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <errno.h>
+#include <getopt.h>
+#include <stdarg.h>
+#include <unistd.h>
+
+#include "khoctl.h"
+
+static const char help[] =
+	"\n"
+	"Looks at everything a handover needs and says what to do about what is missing.\n"
+	"Changes nothing. Exit status 5 if a required item is missing.\n";
+
+struct flight {
+	struct json j;
+	bool json;
+	bool obstacle;
+};
+
+static void item(struct flight *p, const char *name, bool ok, bool required, const char *fmt, ...)
+	__attribute__((format(printf, 5, 6)));
+
+static void item(struct flight *p, const char *name, bool ok, bool required, const char *fmt, ...)
+{
+	const char *verdict = ok ? "ok" : required ? "OBSTACLE" : "warning";
+	char text[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	p->obstacle |= !ok && required;
+	if (p->json) {
+		json_open(&p->j, NULL, '{');
+		json_string(&p->j, "item", name);
+		json_string(&p->j, "verdict", verdict);
+		json_string(&p->j, "text", text);
+		json_close(&p->j, '}');
+	} else {
+		printf("%-9s %-14s %s\n", verdict, name, text);
+	}
+}
+
+static bool read_line(const char *path, char *buf, size_t size)
+{
+	FILE *f = fopen(path, "re");
+	bool ok;
+
+	if (!f)
+		return false;
+	ok = fgets(buf, (int)size, f) != NULL;
+	fclose(f);
+	if (ok)
+		buf[strcspn(buf, "\n")] = 0;
+	return ok;
+}
+
+static void check_kernel(struct flight *p)
+{
+	char line[4096];
+
+	if (!read_line("/sys/kernel/kexec_loaded", line, sizeof(line)))
+		item(p, "kexec", false, true, "this kernel cannot kexec (CONFIG_KEXEC_FILE)");
+	else if (strcmp(line, "1") == 0)
+		item(p, "kexec", true, true, "a kernel is loaded");
+	else
+		item(p, "kexec", false, false,
+		     "no kernel is loaded: kexec -s -l KERNEL (systemctl kexec loads the default one, if there is a boot loader entry)");
+	if (read_line("/proc/sys/kernel/kexec_load_disabled", line, sizeof(line)) &&
+	    strcmp(line, "0") != 0)
+		item(p, "kexec-load", false, true,
+		     "loading a kernel is disabled until the next reboot (kernel.kexec_load_disabled)");
+	if (read_line("/proc/cmdline", line, sizeof(line))) {
+		if (strstr(line, "liveupdate=off") || strstr(line, "liveupdate=0"))
+			item(p, "cmdline", false, true, "this kernel was booted with liveupdate=off");
+		if (strstr(line, "kho=off") || strstr(line, "kho=0"))
+			item(p, "cmdline", false, true, "this kernel was booted with kho=off");
+	}
+}
+
+static void check_workload(struct flight *p, const struct kho_workload *w)
+{
+	char size[32];
+
+	switch (w->state) {
+	case KHO_WORKLOAD_HELD:
+		item(p, w->name, true, true, "held, %zu files, %s", w->n_files,
+		     human_size(w->bytes, size));
+		return;
+	case KHO_WORKLOAD_UNREADABLE:
+		item(p, w->name, true, true, "held; it can be claimed after the kexec only");
+		return;
+	case KHO_WORKLOAD_CLAIMING:
+		item(p, w->name, false, false,
+		     "a client is claiming it just now: what it acknowledges is not carried over");
+		return;
+	case KHO_WORKLOAD_FAILED:
+		break;
+	}
+	item(p, w->name, false, true, "would be lost: %s", w->reason);
+}
+
+static void check_khod(struct flight *p, struct khoctl *ctl)
+{
+	struct kho_client *client = NULL;
+	struct kho_workloads *list = NULL;
+	struct kho_status *s = NULL;
+	struct kho_error *err = NULL;
+	char *text;
+	int r;
+
+	r = kho_client_connect(ctl->kho, ctl->socket, &client, &err);
+	if (r >= 0)
+		r = kho_client_status(client, &s, &err);
+	if (r >= 0)
+		r = kho_client_list(client, &list, &err);
+	if (r < 0) {
+		text = kho_error_format(err, r);
+		item(p, "khod", false, true, "%s", text ? text : strerror(-r));
+		free(text);
+		kho_error_free(err);
+		goto out;
+	}
+	item(p, "khod", true, true, "%s answers%s", s->server,
+	     s->fault_points ? " (a test build: not for production)" : "");
+	if (s->liveupdate)
+		item(p, "live update", true, true, "available");
+	else
+		item(p, "live update", false, true, "%s", s->liveupdate_reason);
+	if (!s->fdstore)
+		item(p, "fd store", false, true,
+		     "none: start khod as khod.service with FileDescriptorStoreMax= and FileDescriptorStorePreserve=yes");
+	else
+		item(p, "fd store", true, true, "%" PRIu32 " of %" PRIu32 " places taken",
+		     s->fdstore_used, s->fdstore_max);
+	for (size_t i = 0; i < kho_workloads_n(list); i++)
+		check_workload(p, kho_workloads_get(list, i));
+out:
+	kho_workloads_free(list);
+	kho_status_free(s);
+	kho_client_free(client);
+}
+
+static int run(struct khoctl *ctl, int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "json", no_argument, NULL, 'j' },
+		{},
+	};
+	struct flight p = { .j = { .f = stdout } };
+	int c;
+
+	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
+		if (c != 'j')
+			return EXIT_USAGE;
+		p.json = true;
+	}
+	if (optind < argc)
+		return khoctl_usage(&verb_preflight, "preflight takes no argument");
+	if (p.json)
+		json_open(&p.j, NULL, '[');
+	check_kernel(&p);
+	check_khod(&p, ctl);
+	if (p.json)
+		json_close(&p.j, ']');
+	return p.obstacle ? EXIT_OBSTACLE : EXIT_SUCCESS;
+}
+
+const struct verb verb_preflight = {
+	.name = "preflight",
+	.args = "[--json]",
+	.summary = "Say whether a handover would succeed now",
+	.help = help,
+	.run = run,
+};

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <getopt.h>
+
+#include "khoctl.h"
+
+static int run(struct khoctl *ctl, int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "secret-file", required_argument, NULL, 's' },
+		{},
+	};
+	struct kho_client *client = NULL;
+	struct kho_error *err = NULL;
+	size_t secret_size = 0;
+	void *secret = NULL;
+	int c, r;
+
+	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
+		if (c != 's')
+			return EXIT_USAGE;
+		r = khoctl_secret(optarg, &secret, &secret_size);
+		if (r > 0)
+			return r;
+	}
+	if (argc - optind != 1)
+		return khoctl_usage(&verb_release, "release which workload?");
+	r = khoctl_connect(ctl, &client);
+	if (r > 0)
+		return r;
+	r = kho_client_release(client, argv[optind], secret, secret_size, &err);
+	kho_client_free(client);
+	free(secret);
+	if (r < 0)
+		return khoctl_fail(r, err);
+	printf("%s: released\n", argv[optind]);
+	return EXIT_SUCCESS;
+}
+
+const struct verb verb_release = {
+	.name = "release",
+	.args = "NAME [--secret-file F]",
+	.summary = "Discard a workload: nothing of it is carried over",
+	.run = run,
+};

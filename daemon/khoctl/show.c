@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <getopt.h>
+
+#include "khoctl.h"
+
+static void print_json(const struct kho_workload *w)
+{
+	struct json j = { .f = stdout };
+
+	json_open(&j, NULL, '{');
+	json_string(&j, "name", w->name);
+	json_string(&j, "state", kho_workload_state_name(w->state));
+	if (w->uid != UINT32_MAX)
+		json_u64(&j, "uid", w->uid);
+	json_string(&j, "unit", w->unit);
+	json_string(&j, "session", w->session);
+	json_u64(&j, "bytes", w->bytes);
+	json_u64(&j, "handovers", w->handovers);
+	json_u64(&j, "registered_usec", w->registered_usec);
+	json_bool(&j, "claim_secret", w->secret);
+	json_string(&j, "reason", w->reason);
+	json_open(&j, "files", '[');
+	for (size_t i = 0; w->files && i < w->n_files; i++) {
+		json_open(&j, NULL, '{');
+		json_string(&j, "name", w->files[i].name);
+		json_string(&j, "kind", w->files[i].kind);
+		json_u64(&j, "token", w->files[i].token);
+		json_u64(&j, "size", w->files[i].size);
+		json_close(&j, '}');
+	}
+	json_close(&j, ']');
+	json_close(&j, '}');
+}
+
+static void print_text(const struct kho_workload *w)
+{
+	char size[32], when[64];
+
+	printf("%s (%s)\n", w->name, kho_workload_state_name(w->state));
+	if (w->reason[0])
+		printf("  reason      %s\n", w->reason);
+	if (w->uid != UINT32_MAX)
+		printf("  owner       uid %" PRIu32 "%s%s%s\n", w->uid, w->unit[0] ? ", " : "",
+		       w->unit, w->secret ? ", or the claim secret" : "");
+	printf("  registered  %s\n", human_time(w->registered_usec, when));
+	printf("  handovers   %" PRIu32 "\n", w->handovers);
+	printf("  session     %s\n", w->session[0] ? w->session : "-");
+	for (size_t i = 0; w->files && i < w->n_files; i++)
+		printf("  %s %s  %s, %s, token %" PRIu64 "\n",
+		       i + 1 == w->n_files ? "`--" : "|--", w->files[i].name, w->files[i].kind,
+		       human_size(w->files[i].size, size), w->files[i].token);
+}
+
+static int run(struct khoctl *ctl, int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "json", no_argument, NULL, 'j' },
+		{},
+	};
+	struct kho_workloads *workloads = NULL;
+	struct kho_client *client = NULL;
+	struct kho_error *err = NULL;
+	const struct kho_workload *w;
+	bool json = false;
+	int c, r;
+
+	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
+		if (c != 'j')
+			return EXIT_USAGE;
+		json = true;
+	}
+	if (argc - optind != 1)
+		return khoctl_usage(&verb_show, "show which workload?");
+	r = khoctl_connect(ctl, &client);
+	if (r > 0)
+		return r;
+	r = kho_client_show(client, argv[optind], &workloads, &err);
+	kho_client_free(client);
+	if (r < 0)
+		return khoctl_fail(r, err);
+	w = kho_workloads_get(workloads, 0);
+	if (w && json)
+		print_json(w);
+	else if (w)
+		print_text(w);
+	kho_workloads_free(workloads);
+	return EXIT_SUCCESS;
+}
+
+const struct verb verb_show = {
+	.name = "show",
+	.args = "NAME [--json]",
+	.summary = "Show one workload and its files",
+	.run = run,
+};
