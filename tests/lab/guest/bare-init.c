@@ -24,6 +24,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -39,8 +40,8 @@ struct mount_point {
 	const char *source;
 	const char *where;
 	const char *options;
-	unsigned long flags;
 	bool mkdir;
+	bool optional; /* no word about a kernel without it */
 };
 
 static const struct mount_point mounts[] = {
@@ -54,7 +55,8 @@ static const struct mount_point mounts[] = {
 	{ .type = "tmpfs", .source = "shm", .where = "/dev/shm", .options = "mode=1777",
 	  .mkdir = true },
 	{ .type = "debugfs", .source = "debugfs", .where = "/sys/kernel/debug" },
-	{ .type = "tracefs", .source = "tracefs", .where = "/sys/kernel/tracing" },
+	{ .type = "tracefs", .source = "tracefs", .where = "/sys/kernel/tracing",
+	  .optional = true },
 	{ .type = "cgroup2", .source = "cgroup2", .where = "/sys/fs/cgroup" },
 	{ .type = "9p", .source = "lab", .where = "/lab",
 	  .options = "trans=virtio,version=9p2000.L,msize=524288" },
@@ -73,7 +75,8 @@ static void mount_all(void)
 		if (m->mkdir && mkdir(m->where, 0755) < 0 && errno != EEXIST)
 			complain("cannot create", m->where);
 		/* EBUSY: the kernel has mounted it there itself (DEVTMPFS_MOUNT) */
-		if (mount(m->source, m->where, m->type, m->flags, m->options) < 0 && errno != EBUSY)
+		if (mount(m->source, m->where, m->type, 0, m->options) < 0 && errno != EBUSY &&
+		    !(m->optional && errno == ENOENT))
 			complain("cannot mount", m->where);
 	}
 }
@@ -89,6 +92,23 @@ static void links(void)
 		if (symlink(pairs[i][0], pairs[i][1]) < 0 && errno != EEXIST)
 			complain("cannot create", pairs[i][1]);
 	}
+}
+
+/* As 50-lab.conf and lab.conf set it for systemd. */
+static void core_dumps(void)
+{
+	static const char pattern[] = "/var/lib/systemd/coredump/core.%e.%p.%t";
+	const struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	int fd = open("/proc/sys/kernel/core_pattern", O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 && errno == ENOENT)
+		return; /* no CONFIG_COREDUMP */
+	if (fd < 0 || write(fd, pattern, strlen(pattern)) < 0)
+		complain("cannot set", "core_pattern");
+	if (fd >= 0)
+		close(fd);
+	if (setrlimit(RLIMIT_CORE, &unlimited) < 0)
+		complain("cannot lift", "RLIMIT_CORE");
 }
 
 static void loopback_up(void)
@@ -165,6 +185,7 @@ int main(void)
 			dup2(fd, i);
 	}
 	links();
+	core_dumps();
 	loopback_up();
 	if (sethostname("lab", strlen("lab")) < 0)
 		complain("cannot set", "the host name");
