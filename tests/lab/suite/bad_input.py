@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bad input to the lab: one clear sentence, and nothing left half done."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lablib import kernel
+from lablib.check import expect, test
+from lablib.common import LAB, PROJECT, LabError, cache_dir
+from lablib.images import full_image
+from lablib.qemu import VM
+
+
+class Scratch:
+    """A copy of what the lab is made of, an empty cache, and the lab run on them."""
+
+    def __init__(self):
+        # Below the cache, not in /tmp: it may need real space.
+        self.dir = Path(tempfile.mkdtemp(prefix="scratch-", dir=cache_dir()))
+        self.project, self.cache = self.dir / "project", self.dir / "cache"
+        self.cache.mkdir()
+        shutil.copytree(LAB, self.project / "tests/lab", symlinks=True)
+        shutil.copytree(PROJECT / "kernel-patches", self.project / "kernel-patches")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def lab(self, *args, prefix=(), **env):
+        return subprocess.run([*prefix, str(self.project / "tests/lab/lab"), *args],
+                              capture_output=True, text=True, check=False, timeout=300,
+                              env={**os.environ, "KHO_CACHE": str(self.cache), **env})
+
+    def refused(self, result, *words):
+        """Exit status 1, one error with all of @words, no traceback, nothing half done."""
+        expect(result.returncode == 1, f"exit status {result.returncode}: {result.stderr[-800:]}")
+        errors = [x for x in result.stderr.splitlines() if x.startswith("lab: error: ")]
+        expect(len(errors) == 1 and "Traceback" not in result.stderr,
+               f"not one clear sentence: {result.stderr[-800:]}")
+        for w in words:
+            expect(w in result.stderr, f"'{w}' is not in: {result.stderr[-800:]}")
+        left = [p.name for p in self.cache.rglob("*.new")]
+        expect(not left, f"left half done: {left}")
+
+
+def in_namespace(*kinds):
+    """A prefix that runs a program in new namespaces, as root there."""
+    extra = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *extra, *kinds]
+
+
+@test(kernels=(), image=False)
+def no_network(ctx):
+    with Scratch() as s:
+        s.refused(s.lab("kernel", "tree", prefix=in_namespace("--net")), "no network", "mirror")
+        expect(not (s.cache / "linux").exists(), "a kernel tree was begun")
+
+
+@test(kernels=(), image=False)
+def no_space(ctx):
+    with Scratch() as s:
+        mount = (f"mount -t tmpfs -o size=64M tmpfs {s.cache} && exec "
+                 f"{s.project}/tests/lab/lab kernel tree")
+        r = subprocess.run([*in_namespace("--mount"), "sh", "-c", mount], capture_output=True,
+                           text=True, check=False, env={**os.environ, "KHO_CACHE": str(s.cache)})
+        s.refused(r, "no space", "GiB", "KHO_CACHE")
+
+
+@test(kernels=(), image=False)
+def a_cache_that_cannot_be_written(ctx):
+    with Scratch() as s:
+        s.refused(s.lab("kernel", "tree", KHO_CACHE="/proc/nowhere"), "/proc/nowhere", "KHO_CACHE")
+
+
+def sparse_tree(s):
+    """A clone of the kernel tree with a few files only: enough for patches, quick to make."""
+    path = s.dir / "linux"
+    for cmd in (["clone", "-q", "--shared", "--no-checkout", "-b", "base", str(kernel.tree()), str(path)],
+                ["-C", str(path), "sparse-checkout", "set", "--no-cone", "/Makefile"],
+                ["-C", str(path), "checkout", "-q", "base"]):
+        subprocess.run(["git", *cmd], check=True, capture_output=True)
+    (path / ".git/lab-version").write_text((kernel.tree() / ".git/lab-version").read_text())
+    return path
+
+
+BROKEN_PATCH = """From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: nobody <nobody@khod.invalid>
+Date: Thu, 1 Jan 2026 00:00:00 +0000
+Subject: [PATCH] a patch whose place is not there
+
+---
+ Makefile | 2 +-
+ 1 file changed, 1 insertion(+), 1 deletion(-)
+
+diff --git a/Makefile b/Makefile
+index 1111111..2222222 100644
+--- a/Makefile
++++ b/Makefile
+@@ -1,3 +1,3 @@
+ this line is not in the file
+-nor is this
++this cannot be put there
+ nor this
+--\x20
+2.39.5
+"""
+
+
+@test(image=False)
+def a_patch_that_does_not_apply(ctx):
+    with Scratch() as s:
+        for p in (s.project / "kernel-patches").glob("*.patch"):
+            p.unlink()
+        (s.project / "kernel-patches/0001-broken.patch").write_text(BROKEN_PATCH)
+        tree = sparse_tree(s)
+        s.refused(s.lab("kernel", "tree", KHO_LINUX=str(tree)), "0001-broken.patch",
+                  "does not apply", kernel.PACKAGE)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=tree, capture_output=True,
+                                text=True, check=True).stdout
+        expect(not status and not (tree / ".git/rebase-apply").exists(),
+               f"the tree is left in the middle of the patch: {status}")
+
+
+@test(image=False)
+def commits_that_were_not_exported(ctx):
+    """A build never throws away a developer's commits."""
+    with Scratch() as s:
+        for p in (s.project / "kernel-patches").glob("*.patch"):
+            p.unlink()
+        tree = sparse_tree(s)
+        expect(s.lab("kernel", "tree", KHO_LINUX=str(tree)).returncode == 0, "no tree")
+        subprocess.run([*kernel.GIT, "commit", "-q", "--allow-empty", "-m", "work"], cwd=tree, check=True)
+        s.refused(s.lab("kernel", "tree", KHO_LINUX=str(tree)), "not exported", "lab kernel export")
+
+
+@test(image=False)
+def a_configuration_that_lacks_something(ctx):
+    """Found before an hour of building: the options that make a guest of the lab."""
+    config = cache_dir() / "lacking.config"
+    text = "".join(f.read_text() for f in kernel.fragments("minimal"))
+    config.write_text(text.replace("CONFIG_NETWORK_FILESYSTEMS=y", ""))
+    out = cache_dir() / "lacking"
+    out.mkdir(exist_ok=True)
+    subprocess.run(["make", "-s", f"O={out}", "allnoconfig"], cwd=kernel.tree(), check=True,
+                   env={**os.environ, "KCONFIG_ALLCONFIG": str(config)}, capture_output=True)
+    try:
+        kernel.check_config(out / ".config", [config])
+        raise AssertionError("a configuration without 9P_FS was taken")
+    except LabError as e:
+        expect("lacks what the lab needs: CONFIG_9P_FS" in str(e), str(e))
+    finally:
+        shutil.rmtree(out)
+        config.unlink()
+
+
+@test(kernels=(), image=False)
+def unknown_names(ctx):
+    with Scratch() as s:
+        s.refused(s.lab("kernel", "build", "--config", "huge"), "no kernel configuration named huge")
+        s.refused(s.lab("check", "no-such-test"), "no test named no-such-test")
+
+
+@test()
+def a_guest_that_never_comes_up(ctx):
+    """A hang ends by a timeout that shows the last lines and where the logs are."""
+    with VM(ctx.kernel(), full_image(), name=ctx.name, init="bare", append="init=/bin/cat") as vm:
+        try:
+            vm.ready(timeout=25)
+            raise AssertionError("a guest without an agent was taken as ready")
+        except LabError as e:
+            text = str(e)
+    expect("did not answer within 25 s" in text, text)
+    expect(re.search(r"Run /bin/cat as init process", text), f"no last lines: {text}")
+    expect(str(vm.dir) in text and (vm.dir / "console.log").stat().st_size, "no place of the logs")
+    expect(not (vm.dir / "disk.qcow2").exists() and vm.proc.poll() is not None, "the guest lives on")
