@@ -48,7 +48,9 @@ DPKG_OPTIONS = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/locale
 APT_OPTIONS = ('Acquire::Check-Valid-Until "false"', 'Acquire::Languages "none"',
                'Acquire::Retries "2"')
 SOURCES = ("kho", "daemon", "proto", "systemd", "examples", "docs", "tests", "meson.build",
-           "meson_options.txt", "meson.options")
+           "meson_options.txt", "meson.options", ":(exclude)tests/lab")
+# The clone may be another user's than root's.
+GIT = ("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT)
 IMAGE_SIZE = "2G"
 KEEP_IMAGES = 4
 
@@ -230,7 +232,7 @@ def files_below(*folders: Path) -> list:
 
 def source_files() -> list:
     """The project's own files that the package is made from, committed or not."""
-    out = run(["git", "-C", PROJECT, "ls-files", "-z", "--cached", "--others", "--exclude-standard",
+    out = run([*GIT, "ls-files", "-z", "--cached", "--others", "--exclude-standard",
                "--", *SOURCES], what="listing the project's files")
     files = {PROJECT / f for f in out.split("\0") if f}
     return [f for f in files if f.is_symlink() or f.is_file()]
@@ -243,7 +245,7 @@ def version() -> str:
     if not found:
         raise LabError(f"{PROJECT}/meson.build names no version in project()")
     try:
-        commit = run(["git", "-C", PROJECT, "describe", "--always", "--tags", "--dirty"]).strip()
+        commit = run([*GIT, "describe", "--always", "--tags", "--dirty"]).strip()
     except LabError:
         return found[1]     # no commit yet
     return found[1] + "+" + re.sub(r"[^A-Za-z0-9.~]+", ".", commit)
