@@ -34,12 +34,13 @@ from .common import (LAB, PROJECT, LabError, cache_dir, digest, last_lines, lock
 
 SYSTEMD_AT_LEAST = "262~"
 GUEST = LAB / "guest"
-RUN_PACKAGES = ("systemd", "systemd-sysv", "dbus", "udev", "kexec-tools", "qemu-guest-agent", "kmod",
-                "procps", "iproute2", "pciutils", "strace", "util-linux", "libprotobuf-c1",
+RUN_PACKAGES = ("systemd", "systemd-sysv", "dbus", "udev", "kexec-tools", "qemu-guest-agent",
+                "kmod", "procps", "iproute2", "pciutils", "strace", "util-linux", "libprotobuf-c1",
                 "libkeyutils1", "libcap2", "libssl3t64", "libuuid1")
-BUILD_PACKAGES = ("gcc", "libc6-dev", "make", "meson", "ninja-build", "pkgconf", "protobuf-c-compiler",
-                  "protobuf-compiler", "libprotobuf-c-dev", "libsystemd-dev", "libcap-dev",
-                  "libkeyutils-dev", "libssl-dev", "uuid-dev", "linux-libc-dev", "dpkg-dev", "rsync")
+BUILD_PACKAGES = ("gcc", "libc6-dev", "make", "meson", "ninja-build", "pkgconf",
+                  "protobuf-c-compiler", "protobuf-compiler", "libprotobuf-c-dev", "libsystemd-dev",
+                  "libcap-dev", "libkeyutils-dev", "libssl-dev", "uuid-dev", "linux-libc-dev",
+                  "dpkg-dev", "rsync")
 PACKAGES = {"run": RUN_PACKAGES, "build": RUN_PACKAGES + BUILD_PACKAGES}
 DPKG_OPTIONS = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/locale/*",
                 "path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright",
@@ -191,8 +192,9 @@ def _make_base(role: str, target: Path) -> None:
                            "meanwhile: try again") from e
         root = tmp / "root"
         root.mkdir()
-        run(privileged(["tar", "-C", root, "--numeric-owner", "--xattrs", "--exclude=./dev/*", "-xpf",
-                        tar]), log=log, what=f"unpacking the {role} root file system")
+        run(privileged(["tar", "-C", root, "--numeric-owner", "--xattrs",
+                        "--exclude=./dev/*", "-xpf", tar]),
+            log=log, what=f"unpacking the {role} root file system")
         tar.unlink()
         (tmp / "suite").write_text(suite + "\n", encoding="utf-8")
         (tmp / "packages").write_text(run(inside(root, ["dpkg-query", "--show"])), encoding="utf-8")
@@ -202,7 +204,8 @@ def _to_file(cmd, out: Path, log: Path) -> None:
     with open(log, "ab") as err, open(out, "wb") as f:
         err.write(f"$ {shlex.join(str(c) for c in cmd)}\n".encode())
         err.flush()
-        if subprocess.run(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=err, check=False).returncode:
+        done = subprocess.run(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=err, check=False)
+        if done.returncode:
             raise LabError(cmd[0])
 
 
@@ -296,7 +299,8 @@ def package() -> Path:
     """
     build = base("build")
     options = meson_options()
-    key = digest(build.name, tree_digest(source_files(), PROJECT), *options, BUILD_PACKAGE, POSTINST)
+    key = digest(build.name, tree_digest(source_files(), PROJECT), *options, BUILD_PACKAGE,
+                 POSTINST)
     target = cache_dir() / "package" / key
     with lock(cache_dir() / "package" / "lock", "the package"):
         found = list(target.glob("*.deb"))
@@ -414,7 +418,8 @@ def guest_programs() -> Path:
     """
     build = base("build")
     sources = sorted(GUEST.glob("*.c"))
-    target = cache_dir() / "guest-programs" / digest(build.name, *(s.name for s in sources), *sources)
+    key = digest(build.name, *(s.name for s in sources), *sources)
+    target = cache_dir() / "guest-programs" / key
     with lock(cache_dir() / "guest-programs" / "lock", "the guest's programs"):
         if not target.exists():
             check_privileges()
@@ -498,8 +503,9 @@ def _make_image(target: Path, root: Path, programs: Path, selftests_dir, debs, t
             run(inside(work, ["sh", "-c", INSTALL_DEBS, "lab", *names],
                        ro={"lab": GUEST, **folders}),
                 log=log, what="configuring the guest's root")
-            run(privileged(["mke2fs", "-q", "-t", "ext4", "-L", "lab-root", "-m", "0", "-J", "size=16",
-                            "-E", "lazy_itable_init=1,root_owner=0:0", "-d", work, new, IMAGE_SIZE]),
+            run(privileged(["mke2fs", "-q", "-t", "ext4", "-L", "lab-root", "-m", "0", "-J",
+                            "size=16", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", work, new,
+                            IMAGE_SIZE]),
                 log=log, what="making the guest's file system")
             new.chmod(0o444)
             new.rename(target)
