@@ -1,0 +1,75 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#ifndef TEST_COMMON_H
+#define TEST_COMMON_H
+
+#include <criterion/criterion.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "sim.h"
+#include "util.h"
+
+static inline void raise_limits(void)
+{
+	struct rlimit l;
+
+	if (getrlimit(RLIMIT_NOFILE, &l) == 0) {
+		l.rlim_cur = l.rlim_max;
+		(void)setrlimit(RLIMIT_NOFILE, &l);
+	}
+}
+
+/* A memfd whose bytes follow from the seed. */
+static inline int make_memfd(size_t size, unsigned int seed)
+{
+	int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	cr_assert(fd >= 0);
+	for (size_t i = 0; i < size; i += 4) {
+		unsigned int v = seed = seed * 1664525u + 1013904223u;
+
+		cr_assert(pwrite(fd, &v, size - i < 4 ? size - i : 4, i) > 0);
+	}
+	return fd;
+}
+
+static inline bool check_memfd(int fd, size_t size, unsigned int seed)
+{
+	struct stat st;
+
+	if (fstat(fd, &st) < 0 || (size_t)st.st_size != size)
+		return false;
+	for (size_t i = 0; i < size; i += 4) {
+		unsigned int v = 0, want = seed = seed * 1664525u + 1013904223u;
+		size_t n = size - i < 4 ? size - i : 4;
+
+		if (pread(fd, &v, n, i) != (ssize_t)n || memcmp(&v, &want, n) != 0)
+			return false;
+	}
+	return true;
+}
+
+static inline ino_t ino_of(int fd)
+{
+	struct stat st = {};
+
+	fstat(fd, &st);
+	return st.st_ino;
+}
+
+static inline size_t count_fds(void)
+{
+	size_t n = 0;
+
+	for (int fd = 0; fd < 1024; fd++)
+		n += fcntl(fd, F_GETFD) >= 0;
+	return n;
+}
+
+#endif

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A simulated machine for tests: the kernel's live update orchestrator (sessions,
+ * tokens, the rule that an inode is in one session only, what closing a session does,
+ * what a kexec carries) and the part of PID 1 that keeps descriptors for a service.
+ * Both outlive khod, which is the real daemon in a process of its own, with nothing
+ * replaced but libkho's table of operations.
+ */
+#ifndef SIM_H
+#define SIM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include <kho/kho.h>
+
+struct sim;
+
+/* @patched: RETRIEVE_FD works on outgoing sessions too. */
+struct sim *sim_new(bool patched);
+void sim_free(struct sim *s);
+
+/* The kernel has no orchestrator at all. */
+void sim_set_absent(struct sim *s, bool absent);
+/* Room in the fd store that khod is told about. */
+void sim_set_fdstore_max(struct sim *s, unsigned int max);
+const char *sim_socket(struct sim *s);
+const char *sim_dir(struct sim *s);
+
+/*
+ * Start khod as systemd does. @fault: KHOD_FAULT or NULL; @fail: KHO_SIM_FAIL or NULL.
+ * Waits until it is ready or has died. Return: its pid, also if it died.
+ */
+pid_t sim_start(struct sim *s, const char *fault, const char *fail);
+/* Has it said READY=1 since the last start? */
+bool sim_ready(struct sim *s);
+/* SIGTERM and wait. Return: wait status. */
+int sim_stop(struct sim *s);
+/* Wait for it to die by itself, up to 20 s; then it is killed. Return: wait status. */
+int sim_wait(struct sim *s);
+/* True if the last khod that ended was killed by a fault point. */
+bool sim_killed(int status);
+pid_t sim_pid(struct sim *s);
+
+/* khod must not run. PID 1 hands its store over, the kernel its outgoing sessions. */
+void sim_kexec(struct sim *s);
+
+size_t sim_store_count(struct sim *s);
+/* Descriptors in the store that are no sessions. */
+size_t sim_store_memfds(struct sim *s);
+size_t sim_sessions(struct sim *s, bool incoming);
+/* Descriptors that khod has open. */
+size_t sim_khod_fds(struct sim *s);
+/* What khod wrote to stderr since sim_new(), terminated. */
+const char *sim_log(struct sim *s);
+
+/* The table of operations of a process whose KHO_SIM is set; for khod-sim. */
+const struct kho_ops *sim_ops(void);
+
+#endif

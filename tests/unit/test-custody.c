@@ -1,0 +1,843 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The real khod, in a process of its own, on a simulated kernel and a simulated PID 1
+ * (sim.h): custody over kexecs, over SIGKILL at every fault point, with every single
+ * kernel call failing once.
+ */
+#include "common.h"
+
+#define N_FILES 3
+
+struct files {
+	int fd[N_FILES];
+	ino_t ino[N_FILES];
+	char name[N_FILES][16];
+};
+
+static const size_t sizes[N_FILES] = { 5000, 0, 70000 };
+
+static void files_make(struct files *f)
+{
+	for (int i = 0; i < N_FILES; i++) {
+		f->fd[i] = make_memfd(sizes[i], 100 + i);
+		f->ino[i] = ino_of(f->fd[i]);
+		snprintf(f->name[i], sizeof(f->name[i]), "ram%d", i);
+	}
+}
+
+static void files_close(struct files *f)
+{
+	for (int i = 0; i < N_FILES; i++)
+		close(f->fd[i]);
+}
+
+static struct kho *kho;
+
+static void setup(void)
+{
+	raise_limits();
+	cr_assert(kho_new(&kho, NULL, NULL) == 0);
+}
+
+static void teardown(void)
+{
+	kho = kho_free(kho);
+}
+
+static struct kho_client *dial(struct sim *s)
+{
+	struct kho_client *c = NULL;
+	struct kho_error *err = NULL;
+	int r = kho_client_connect(kho, sim_socket(s), &c, &err);
+
+	if (r < 0)
+		kho_error_free(err);
+	return c;
+}
+
+static int try_register(struct sim *s, const char *name, struct files *f, struct kho_error **err)
+{
+	struct kho_client_file cf[N_FILES];
+	struct kho_client *c = dial(s);
+	int r;
+
+	if (!c)
+		return -ECONNREFUSED;
+	for (int i = 0; i < N_FILES; i++)
+		cf[i] = (struct kho_client_file){ f->name[i], f->fd[i] };
+	r = kho_client_register(c, name, cf, N_FILES, NULL, 0, err);
+	kho_client_free(c);
+	return r;
+}
+
+static void must_register(struct sim *s, const char *name, struct files *f)
+{
+	struct kho_error *err = NULL;
+	int r = try_register(s, name, f, &err);
+
+	cr_assert(r == 0, "register %s: %s\n%s", name, kho_error_format(err, r), sim_log(s));
+}
+
+static bool claim_is(struct kho_claim *claim, struct files *f)
+{
+	bool ok = kho_claim_n_files(claim) == N_FILES;
+
+	for (int i = 0; ok && i < N_FILES; i++)
+		ok = ino_of(kho_claim_fd(claim, i)) == f->ino[i] &&
+		     strcmp(kho_claim_name(claim, i), f->name[i]) == 0 &&
+		     check_memfd(kho_claim_fd(claim, i), sizes[i], 100 + i);
+	return ok;
+}
+
+/* Claim, compare, acknowledge. @acked: did khod say that custody ended? */
+static int try_claim(struct sim *s, const char *name, struct files *f, bool *got, bool *acked,
+		     struct kho_error **err)
+{
+	struct kho_client *c = dial(s);
+	struct kho_claim *claim = NULL;
+	int r;
+
+	*got = *acked = false;
+	if (!c)
+		return -ECONNREFUSED;
+	r = kho_client_claim(c, name, NULL, 0, &claim, err);
+	if (r == 0) {
+		cr_assert(claim_is(claim, f), "what came back is not what went in");
+		*got = true;
+		r = kho_client_claim_ack(c, claim, err);
+		*acked = r == 0;
+	}
+	kho_claim_free(claim);
+	kho_client_free(c);
+	return r;
+}
+
+static void must_claim(struct sim *s, const char *name, struct files *f)
+{
+	struct kho_error *err = NULL;
+	bool got, acked;
+	int r = try_claim(s, name, f, &got, &acked, &err);
+
+	cr_assert(r == 0, "claim %s: %s\n%s", name, kho_error_format(err, r), sim_log(s));
+}
+
+/* 0: unknown; else its state. */
+static int state_of(struct sim *s, const char *name)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c = dial(s);
+	int r, state = 0;
+
+	cr_assert(c);
+	r = kho_client_show(c, name, &w, NULL);
+	cr_assert(r == 0 || r == -ENOENT, "show: %d\n%s", r, sim_log(s));
+	if (r == 0)
+		state = kho_workloads_get(w, 0)->state;
+	kho_workloads_free(w);
+	kho_client_free(c);
+	return state;
+}
+
+static void must_start(struct sim *s)
+{
+	sim_start(s, NULL, NULL);
+	cr_assert(sim_ready(s), "khod did not start:\n%s", sim_log(s));
+}
+
+static void must_stop(struct sim *s)
+{
+	int status = sim_stop(s);
+
+	cr_assert(status == 0, "khod ended with status 0x%x:\n%s", status, sim_log(s));
+}
+
+static void must_be_empty(struct sim *s)
+{
+	cr_assert(sim_store_count(s) == 0, "%zu left in the fd store:\n%s", sim_store_count(s),
+		  sim_log(s));
+	cr_assert(sim_sessions(s, false) == 0, "an outgoing session is left:\n%s", sim_log(s));
+	cr_assert(sim_sessions(s, true) == 0, "an incoming session is left:\n%s", sim_log(s));
+}
+
+/* One outgoing session per workload, no memfd in the store. */
+static void must_rest(struct sim *s, size_t workloads)
+{
+	cr_assert(sim_store_count(s) == workloads, "%zu in the fd store for %zu workloads:\n%s",
+		  sim_store_count(s), workloads, sim_log(s));
+	cr_assert(sim_store_memfds(s) == 0);
+	cr_assert(sim_sessions(s, false) == workloads);
+	cr_assert(sim_sessions(s, true) == 0);
+}
+
+/* Descriptors of a khod without clients; the first client makes the event loop open its own. */
+static size_t idle_fds(struct sim *s)
+{
+	kho_client_free(dial(s));
+	usleep(50000);
+	return sim_khod_fds(s);
+}
+
+TestSuite(custody, .init = setup, .fini = teardown, .timeout = 300);
+
+Test(custody, register_claim_same_kernel)
+{
+	struct sim *s = sim_new(true);
+	struct files f;
+	size_t fds;
+
+	files_make(&f);
+	must_start(s);
+	fds = idle_fds(s);
+	must_register(s, "vm1", &f);
+	must_rest(s, 1);
+	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD);
+	must_claim(s, "vm1", &f);
+	must_be_empty(s);
+	cr_assert(state_of(s, "vm1") == 0);
+	cr_assert(idle_fds(s) == fds, "khod leaks descriptors: %zu, then %zu", fds, idle_fds(s));
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+Test(custody, restart_keeps)
+{
+	for (int patched = 0; patched < 2; patched++) {
+		struct sim *s = sim_new(patched);
+		struct kho_error *err = NULL;
+		struct files f;
+		bool got, acked;
+
+		files_make(&f);
+		must_start(s);
+		must_register(s, "vm1", &f);
+		must_stop(s);
+		must_start(s);
+		must_rest(s, 1);
+		if (patched) {
+			must_claim(s, "vm1", &f);
+		} else {
+			cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_UNREADABLE);
+			cr_assert(try_claim(s, "vm1", &f, &got, &acked, &err) == -EOPNOTSUPP);
+			cr_assert(strstr(kho_error_message(err), "before the next kexec"));
+			kho_error_free(err);
+			must_stop(s);
+			sim_kexec(s);
+			must_start(s);
+			must_claim(s, "vm1", &f);
+		}
+		must_be_empty(s);
+		must_stop(s);
+		files_close(&f);
+		sim_free(s);
+	}
+}
+
+Test(custody, many_kexecs_nobody_claims)
+{
+	for (int patched = 0; patched < 2; patched++) {
+		struct sim *s = sim_new(patched);
+		struct kho_workloads *w = NULL;
+		struct kho_client *c;
+		struct files f, g;
+
+		files_make(&f);
+		files_make(&g);
+		must_start(s);
+		must_register(s, "vm1", &f);
+		must_register(s, "vm.two@x", &g);
+		for (int i = 1; i <= 10; i++) {
+			must_stop(s);
+			sim_kexec(s);
+			must_start(s);
+			must_rest(s, 2);
+			c = dial(s);
+			cr_assert(kho_client_show(c, "vm1", &w, NULL) == 0);
+			cr_assert(kho_workloads_get(w, 0)->handovers == (uint32_t)i);
+			w = kho_workloads_free(w);
+			kho_client_free(c);
+		}
+		must_claim(s, "vm1", &f);
+		must_claim(s, "vm.two@x", &g);
+		must_be_empty(s);
+		must_stop(s);
+		files_close(&f);
+		files_close(&g);
+		sim_free(s);
+	}
+}
+
+Test(custody, client_dies_before_ack)
+{
+	struct sim *s = sim_new(true);
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+	struct kho_client *c;
+	bool got, acked;
+	struct files f;
+
+	files_make(&f);
+	must_start(s);
+	must_register(s, "vm1", &f);
+	c = dial(s);
+	cr_assert(kho_client_claim(c, "vm1", NULL, 0, &claim, NULL) == 0);
+	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_CLAIMING);
+	cr_assert(try_claim(s, "vm1", &f, &got, &acked, &err) == -EBUSY);
+	err = kho_error_free(err);
+	kho_claim_free(claim);
+	kho_client_free(c);
+	usleep(50000);
+	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD);
+	must_claim(s, "vm1", &f);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+Test(custody, refusals_name_object_and_reason)
+{
+	struct sim *s = sim_new(true);
+	struct kho_error *err = NULL;
+	struct kho_client_file cf[2];
+	struct kho_client *c;
+	struct files f, g;
+	int p[2], fd;
+	char *text;
+
+	files_make(&f);
+	files_make(&g);
+	must_start(s);
+	must_register(s, "vm1", &f);
+
+	cr_assert(try_register(s, "vm1", &g, &err) == -EEXIST);
+	cr_assert(strcmp(kho_error_object(err), "vm1") == 0);
+	cr_assert(strstr(kho_error_message(err), "in use"));
+	err = kho_error_free(err);
+
+	cr_assert(try_register(s, "vm2", &f, &err) == -EBUSY);
+	text = kho_error_format(err, 0);
+	cr_assert(strstr(text, "ram0") && strstr(text, "preserved already"), "%s", text);
+	free(text);
+	err = kho_error_free(err);
+
+	c = dial(s);
+	cr_assert(pipe2(p, O_CLOEXEC) == 0);
+	cf[0] = (struct kho_client_file){ "pipe", p[0] };
+	cr_assert(kho_client_register(c, "vm3", cf, 1, NULL, 0, &err) == -EMEDIUMTYPE);
+	cr_assert(strcmp(kho_error_object(err), "pipe") == 0);
+	cr_assert(strstr(kho_error_message(err), "a pipe; only memfds"));
+	err = kho_error_free(err);
+
+	fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	cf[0] = (struct kho_client_file){ "exe", fd };
+	cr_assert(kho_client_register(c, "vm3", cf, 1, NULL, 0, &err) == -EMEDIUMTYPE);
+	err = kho_error_free(err);
+	close(fd);
+
+	cf[0] = cf[1] = (struct kho_client_file){ "a", g.fd[0] };
+	cf[1].name = "b";
+	cr_assert(kho_client_register(c, "vm3", cf, 2, NULL, 0, &err) == -EINVAL);
+	cr_assert(strstr(kho_error_message(err), "same memfd as 'a'"));
+	err = kho_error_free(err);
+
+#ifdef F_SEAL_EXEC
+	fd = memfd_create("x", MFD_CLOEXEC | 0x0008U /* MFD_NOEXEC_SEAL */);
+	if (fd >= 0) {
+		cf[0] = (struct kho_client_file){ "noexec", fd };
+		cr_assert(kho_client_register(c, "vm3", cf, 1, NULL, 0, &err) == -EOPNOTSUPP);
+		cr_assert(strstr(kho_error_message(err), "MFD_EXEC"));
+		err = kho_error_free(err);
+		close(fd);
+	}
+#endif
+	/* The connection is still good, and nothing is left of what was refused. */
+	must_rest(s, 1);
+	cr_assert(kho_client_release(c, "nobody", NULL, 0, &err) == -ENOENT);
+	err = kho_error_free(err);
+	cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == 0);
+	kho_client_free(c);
+	must_be_empty(s);
+	must_register(s, "vm2", &f);
+	must_claim(s, "vm2", &f);
+	must_stop(s);
+	close(p[0]);
+	close(p[1]);
+	files_close(&f);
+	files_close(&g);
+	sim_free(s);
+}
+
+Test(custody, many_files_in_batches)
+{
+	enum { N = 300 };
+	struct sim *s = sim_new(true);
+	struct kho_client_file cf[N];
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+	char names[N][16];
+	struct kho_client *c;
+	int fds[N], r;
+
+	must_start(s);
+	for (int i = 0; i < N; i++) {
+		fds[i] = make_memfd(8, i);
+		snprintf(names[i], sizeof(names[i]), "f%d", i);
+		cf[i] = (struct kho_client_file){ names[i], fds[i] };
+	}
+	c = dial(s);
+	r = kho_client_register(c, "big", cf, N, NULL, 0, &err);
+	cr_assert(r == 0, "%s", kho_error_format(err, r));
+	kho_client_free(c);
+	must_stop(s);
+	sim_kexec(s);
+	must_start(s);
+	must_rest(s, 1);
+	c = dial(s);
+	cr_assert(kho_client_claim(c, "big", NULL, 0, &claim, &err) == 0);
+	cr_assert(kho_claim_n_files(claim) == N);
+	for (int i = 0; i < N; i++) {
+		cr_assert(strcmp(kho_claim_name(claim, i), names[i]) == 0);
+		cr_assert(ino_of(kho_claim_fd(claim, i)) == ino_of(fds[i]));
+	}
+	cr_assert(kho_client_claim_ack(c, claim, &err) == 0);
+	kho_claim_free(claim);
+	kho_client_free(c);
+	must_be_empty(s);
+	for (int i = 0; i < N; i++)
+		close(fds[i]);
+	must_stop(s);
+	sim_free(s);
+}
+
+Test(custody, fd_store_too_small)
+{
+	struct sim *s = sim_new(true);
+	struct kho_error *err = NULL;
+	struct files f;
+
+	sim_set_fdstore_max(s, 5);
+	files_make(&f);
+	must_start(s);
+	cr_assert(try_register(s, "vm1", &f, &err) == -ENOSPC);
+	cr_assert(strstr(kho_error_message(err), "FileDescriptorStoreMax="));
+	kho_error_free(err);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+Test(custody, no_liveupdate)
+{
+	struct sim *s = sim_new(true);
+	struct kho_error *err = NULL;
+	struct kho_status *st = NULL;
+	struct kho_client *c;
+	struct files f;
+
+	sim_set_absent(s, true);
+	files_make(&f);
+	must_start(s);
+	cr_assert(strstr(sim_log(s), "liveupdate=on"));
+	cr_assert(try_register(s, "vm1", &f, &err) == -EOPNOTSUPP);
+	cr_assert(strstr(kho_error_message(err), "liveupdate=on"), "%s", kho_error_message(err));
+	kho_error_free(err);
+	c = dial(s);
+	cr_assert(kho_client_status(c, &st, NULL) == 0);
+	cr_assert(!st->liveupdate && strstr(st->liveupdate_reason, "liveupdate=on"));
+	kho_status_free(st);
+	kho_client_free(c);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+/* Every fault point of a phase, with every N at which it fires. */
+static size_t sweep(const char *phase, void (*one)(const char *fault, bool *killed, bool patched),
+		    bool patched)
+{
+	char cmd[512], line[512];
+	size_t kills = 0, points = 0;
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
+	f = popen(cmd, "r");
+	cr_assert(f);
+	while (fgets(line, sizeof(line), f)) {
+		char name[64], in[64], fault[80];
+		bool killed = true;
+
+		if (sscanf(line, "%63s %63s", name, in) != 2 || strcmp(in, phase) != 0)
+			continue;
+		points++;
+		for (int n = 1; killed; n++) {
+			cr_assert(n < 100);
+			snprintf(fault, sizeof(fault), "%s:%d", name, n);
+			killed = false;
+			one(fault, &killed, patched);
+			kills += killed;
+			cr_assert(killed || n > 1, "%s never fired", name);
+		}
+	}
+	cr_assert(pclose(f) == 0);
+	cr_assert(points > 0);
+	fprintf(stderr, "%s (%s kernel): killed at %zu fault points, %zu times\n", phase,
+		patched ? "patched" : "unpatched", points, kills);
+	return kills;
+}
+
+/* What must hold whatever happened to an unanswered registration. */
+static void settle_registration(struct sim *s, struct files *f, bool answered)
+{
+	int state = state_of(s, "vm1");
+
+	if (answered)
+		cr_assert(state != 0, "an answered registration was lost:\n%s", sim_log(s));
+	if (state == 0) {
+		must_be_empty(s);
+		must_register(s, "vm1", f);
+	}
+	must_rest(s, 1);
+	if (state_of(s, "vm1") == KHO_WORKLOAD_UNREADABLE) {
+		must_stop(s);
+		sim_kexec(s);
+		must_start(s);
+	}
+	must_claim(s, "vm1", f);
+	must_be_empty(s);
+}
+
+static void kill_in_register(const char *fault, bool *killed, bool patched)
+{
+	for (int kexec = 0; kexec < 2; kexec++) {
+		struct sim *s = sim_new(patched);
+		struct kho_error *err = NULL;
+		struct files f;
+		int r;
+
+		files_make(&f);
+		sim_start(s, fault, NULL);
+		r = try_register(s, "vm1", &f, &err);
+		kho_error_free(err);
+		if (r < 0) {
+			*killed = sim_killed(sim_wait(s));
+			cr_assert(*killed, "%s: register failed but khod lives: %d", fault, r);
+		} else {
+			/* The answer may be out before the kill. */
+			usleep(20000);
+			*killed = sim_killed(sim_stop(s));
+		}
+		if (kexec)
+			sim_kexec(s);
+		must_start(s);
+		settle_registration(s, &f, r == 0);
+		must_stop(s);
+		files_close(&f);
+		sim_free(s);
+	}
+}
+
+Test(custody, killed_in_register)
+{
+	sweep("register", kill_in_register, true);
+	sweep("register", kill_in_register, false);
+}
+
+static void kill_in_start_outgoing(const char *fault, bool *killed, bool patched)
+{
+	struct sim *s = sim_new(patched);
+	struct kho_error *err = NULL;
+	struct files f, g;
+
+	files_make(&f);
+	files_make(&g);
+	must_start(s);
+	must_register(s, "held", &g);
+	must_stop(s);
+	sim_start(s, "register-file-preserved:2", NULL);
+	cr_assert(try_register(s, "vm1", &f, &err) < 0);
+	kho_error_free(err);
+	cr_assert(sim_killed(sim_wait(s)));
+
+	sim_start(s, fault, NULL);
+	*killed = !sim_ready(s);
+	if (*killed)
+		cr_assert(sim_killed(sim_wait(s)));
+	else
+		must_stop(s);
+	must_start(s);
+	must_rest(s, 1);
+	must_register(s, "vm1", &f);
+	must_stop(s);
+	sim_kexec(s);
+	must_start(s);
+	must_claim(s, "vm1", &f);
+	must_claim(s, "held", &g);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(&f);
+	files_close(&g);
+	sim_free(s);
+}
+
+Test(custody, killed_in_start_outgoing)
+{
+	sweep("start-outgoing", kill_in_start_outgoing, true);
+	sweep("start-outgoing", kill_in_start_outgoing, false);
+}
+
+/* @variant 0: restart; 1: killed at the same place again; 2: the kernel is replaced at once. */
+static void kill_in_start_incoming_variant(const char *fault, bool *killed, bool patched,
+					   int variant)
+{
+	struct sim *s = sim_new(patched);
+	struct files f;
+	bool in_time;
+
+	files_make(&f);
+	must_start(s);
+	must_register(s, "vm1", &f);
+	must_stop(s);
+	sim_kexec(s);
+	sim_start(s, fault, NULL);
+	*killed = !sim_ready(s);
+	if (*killed)
+		cr_assert(sim_killed(sim_wait(s)), "%s:\n%s", fault, sim_log(s));
+	else
+		must_stop(s);
+	if (variant == 1) {
+		sim_start(s, fault, NULL);
+		if (!sim_ready(s))
+			cr_assert(sim_killed(sim_wait(s)));
+		else
+			must_stop(s);
+	}
+	/* Before the incoming session is finished the kernel does not carry it: documented. */
+	in_time = sim_sessions(s, true) == 0 || sim_store_count(s) == 0 ||
+		  strstr(fault, "start-incoming-finished");
+	if (variant == 2)
+		sim_kexec(s);
+	must_start(s);
+	if (variant == 2 && !in_time) {
+		int state = state_of(s, "vm1");
+
+		cr_assert(state == 0 || state == KHO_WORKLOAD_FAILED || state == KHO_WORKLOAD_HELD,
+			  "%s: state %d", fault, state);
+	} else {
+		if (state_of(s, "vm1") == KHO_WORKLOAD_UNREADABLE) {
+			must_rest(s, 1);
+			must_stop(s);
+			sim_kexec(s);
+			must_start(s);
+		}
+		cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD, "%s, variant %d:\n%s", fault,
+			  variant, sim_log(s));
+		must_rest(s, 1);
+		must_claim(s, "vm1", &f);
+		must_be_empty(s);
+	}
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+static void kill_in_start_incoming(const char *fault, bool *killed, bool patched)
+{
+	for (int variant = 0; variant < 3; variant++)
+		kill_in_start_incoming_variant(fault, killed, patched, variant);
+}
+
+Test(custody, killed_in_start_incoming)
+{
+	sweep("start-incoming", kill_in_start_incoming, true);
+	sweep("start-incoming", kill_in_start_incoming, false);
+}
+
+static void kill_in_claim(const char *fault, bool *killed, bool patched)
+{
+	for (int kexec = 0; kexec < 2; kexec++) {
+		struct sim *s = sim_new(patched);
+		struct kho_error *err = NULL;
+		bool got, acked;
+		struct files f;
+		int state;
+
+		files_make(&f);
+		must_start(s);
+		must_register(s, "vm1", &f);
+		must_stop(s);
+		if (kexec || !patched)
+			sim_kexec(s);
+		sim_start(s, fault, NULL);
+		(void)try_claim(s, "vm1", &f, &got, &acked, &err);
+		kho_error_free(err);
+		usleep(20000);
+		*killed = sim_killed(sim_stop(s));
+		must_start(s);
+		state = state_of(s, "vm1");
+		cr_assert(got || state != 0, "%s: lost:\n%s", fault, sim_log(s));
+		if (acked)
+			cr_assert(state == 0, "%s: acknowledged, but still held", fault);
+		if (state == KHO_WORKLOAD_UNREADABLE) {
+			must_stop(s);
+			sim_kexec(s);
+			must_start(s);
+		}
+		if (state != 0)
+			must_claim(s, "vm1", &f);
+		must_be_empty(s);
+		must_register(s, "vm1", &f);
+		must_stop(s);
+		files_close(&f);
+		sim_free(s);
+	}
+}
+
+Test(custody, killed_in_claim)
+{
+	sweep("claim", kill_in_claim, true);
+	sweep("claim", kill_in_claim, false);
+}
+
+static void kill_in_release(const char *fault, bool *killed, bool patched)
+{
+	struct sim *s = sim_new(patched);
+	struct kho_client *c;
+	struct files f;
+	int r;
+
+	files_make(&f);
+	sim_start(s, fault, NULL);
+	must_register(s, "vm1", &f);
+	c = dial(s);
+	r = kho_client_release(c, "vm1", NULL, 0, NULL);
+	kho_client_free(c);
+	usleep(20000);
+	*killed = sim_killed(sim_stop(s));
+	must_start(s);
+	if (r == 0 || state_of(s, "vm1") == 0)
+		must_be_empty(s);
+	else
+		must_rest(s, 1);
+	if (state_of(s, "vm1") != 0) {
+		c = dial(s);
+		cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == 0);
+		kho_client_free(c);
+	}
+	must_be_empty(s);
+	must_register(s, "vm1", &f);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+Test(custody, killed_in_release)
+{
+	sweep("release", kill_in_release, true);
+	sweep("release", kill_in_release, false);
+}
+
+static bool injection_fired(struct sim *s)
+{
+	return strstr(sim_log(s), "sim: call ") != NULL;
+}
+
+/* Every single kernel call during a registration and a claim fails once. */
+Test(custody, fail_nth_register_claim)
+{
+	int fired = 0;
+
+	for (int n = 1;; n++) {
+		struct sim *s = sim_new(true);
+		struct kho_error *err = NULL;
+		bool got, acked, done;
+		struct files f;
+		char fail[32];
+		size_t fds;
+		int r;
+
+		files_make(&f);
+		snprintf(fail, sizeof(fail), "%d:%d", n, n % 2 ? ENOMEM : EIO);
+		sim_start(s, NULL, fail);
+		cr_assert(sim_ready(s), "%s", sim_log(s));
+		fds = idle_fds(s);
+		r = try_register(s, "vm1", &f, &err);
+		err = kho_error_free(err);
+		if (r < 0) {
+			must_be_empty(s);
+			if (r == -EOPNOTSUPP) {
+				/* It was the look for the device at start. */
+				must_stop(s);
+				must_start(s);
+				fds = idle_fds(s);
+			}
+			must_register(s, "vm1", &f);
+		}
+		r = try_claim(s, "vm1", &f, &got, &acked, &err);
+		err = kho_error_free(err);
+		if (r < 0)
+			must_claim(s, "vm1", &f);
+		must_be_empty(s);
+		cr_assert(idle_fds(s) == fds, "call %d: %zu descriptors, then %zu", n, fds,
+			  idle_fds(s));
+		done = !injection_fired(s);
+		must_stop(s);
+		files_close(&f);
+		sim_free(s);
+		if (done)
+			break;
+		fired++;
+	}
+	fprintf(stderr, "register, claim: %d calls failed one by one\n", fired);
+	cr_assert(fired > 15);
+}
+
+/* Every single kernel call after a kexec fails once. */
+Test(custody, fail_nth_start_incoming)
+{
+	for (int patched = 0; patched < 2; patched++) {
+		int fired = 0;
+
+		for (int n = 1;; n++) {
+			struct sim *s = sim_new(patched);
+			struct files f;
+			char fail[32];
+			bool done;
+			int state;
+
+			files_make(&f);
+			must_start(s);
+			must_register(s, "vm1", &f);
+			must_stop(s);
+			sim_kexec(s);
+			snprintf(fail, sizeof(fail), "%d:%d", n, n % 2 ? ENOMEM : EIO);
+			sim_start(s, NULL, fail);
+			cr_assert(sim_ready(s), "%s", sim_log(s));
+			done = !injection_fired(s);
+			state = state_of(s, "vm1");
+			must_stop(s);
+			/* A failed workload comes right at the next start: nothing was discarded. */
+			must_start(s);
+			if (state_of(s, "vm1") == KHO_WORKLOAD_UNREADABLE) {
+				must_stop(s);
+				sim_kexec(s);
+				must_start(s);
+			}
+			cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD, "call %d, state %d:\n%s", n,
+				  state, sim_log(s));
+			must_rest(s, 1);
+			must_claim(s, "vm1", &f);
+			must_be_empty(s);
+			must_stop(s);
+			files_close(&f);
+			sim_free(s);
+			if (done)
+				break;
+			fired++;
+		}
+		fprintf(stderr, "start after kexec (%s kernel): %d calls failed one by one\n",
+			patched ? "patched" : "unpatched", fired);
+		cr_assert(fired > 20);
+	}
+}
