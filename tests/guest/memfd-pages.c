@@ -1,24 +1,30 @@
-// SPDX-License-Identifier: GPL-2.0-or-later
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * memfd-pages: what a memfd holds, and in which physical pages.
+ * memfd-pages: which bytes in which physical pages.
  *
  *	memfd-pages
- *		for each descriptor passed by LISTEN_FDS (or, without, for 3): one line
- *		"NAME SIZE SHA256-of-contents SHA256-of-PFNs", so that a test can compare
- *		the line from before a kexec with the one from after it. The size is in bytes.
- *	memfd-pages --create SIZE [--seed N] -- CMD...
- *		make a memfd of SIZE bytes with pseudo-random contents (seed 1 unless told)
- *		and run CMD with it as descriptor 3
+ *		One line for each descriptor from 3 on that LISTEN_FDS counts (names from
+ *		LISTEN_FDNAMES; LISTEN_PID is not looked at, so that a shell may stand in
+ *		between):
  *
- * PFNs are read from /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst)
- * after each page has been touched; that needs CAP_SYS_ADMIN, without it they read as zero,
- * which is an error here.
+ *		NAME size BYTES sha256 HEX pages N pfns-sha256 HEX first PFN,PFN,...
+ *
+ *	memfd-pages --create SIZE [--seed N] [--name X] [-- CMD...]
+ *		A memfd of SIZE bytes (suffix K, M, G) with bytes that follow from the seed, as
+ *		descriptor 3, and CMD run with LISTEN_FDS=1. Without CMD: its line. The line of a
+ *		memfd that khod has taken says more than one from before, since preserving may
+ *		move pages out of the next kernel's way:
+ *
+ *		memfd-pages --create 8M -- sh -c 'khoctl register vm --fd 3 && memfd-pages'
+ *
+ * Every page is touched first, then read from /proc/self/pagemap, which needs root.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <openssl/evp.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,137 +33,162 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define PAGEMAP_PRESENT (1ULL << 63)
-#define PAGEMAP_PFN ((1ULL << 55) - 1)
-#define FIRST_FD 3
+#define FIRST 8
+#define PFN_MASK ((UINT64_C(1) << 55) - 1)
+#define PRESENT (UINT64_C(1) << 63)
 
 #ifndef MFD_EXEC
 #define MFD_EXEC 0x0010U
 #endif
 
-static int fail(const char *what)
+static void die(const char *what)
 {
 	fprintf(stderr, "memfd-pages: %s: %s\n", what, strerror(errno));
-	return 1;
+	exit(EXIT_FAILURE);
 }
 
-static void print_hash(EVP_MD_CTX *ctx)
+static void print_hex(const char *before, const unsigned char *p, unsigned int n)
 {
-	unsigned char digest[EVP_MAX_MD_SIZE];
+	fputs(before, stdout);
+	for (unsigned int i = 0; i < n; i++)
+		printf("%02x", p[i]);
+}
+
+static void print_fd(int fd, const char *name)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE), n;
+	unsigned char sum[EVP_MAX_MD_SIZE];
+	const volatile unsigned char *touch;
+	uint64_t first[FIRST];
 	unsigned int len = 0;
+	struct stat st;
+	EVP_MD_CTX *md;
+	void *map = NULL;
+	int pagemap;
 
-	EVP_DigestFinal_ex(ctx, digest, &len);
-	putchar(' ');
-	for (unsigned int i = 0; i < len; i++)
-		printf("%02x", digest[i]);
-}
+	if (fstat(fd, &st) < 0)
+		die(name);
+	n = ((size_t)st.st_size + page - 1) / page;
+	if (n > 0) {
+		map = mmap(NULL, n * page, PROT_READ, MAP_SHARED, fd, 0);
+		if (map == MAP_FAILED)
+			die("mmap");
+	}
+	md = EVP_MD_CTX_new();
+	if (!md || EVP_DigestInit_ex(md, EVP_sha256(), NULL) != 1 ||
+	    EVP_DigestUpdate(md, map ? map : "", (size_t)st.st_size) != 1 ||
+	    EVP_DigestFinal_ex(md, sum, &len) != 1)
+		die("SHA-256");
+	printf("%s size %jd", name, (intmax_t)st.st_size);
+	print_hex(" sha256 ", sum, len);
 
-/* Hash the PFN of each page of the mapping [p, p + size). */
-static int hash_pfns(EVP_MD_CTX *ctx, const volatile char *p, size_t size)
-{
-	size_t page = sysconf(_SC_PAGESIZE);
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-
-	if (fd < 0)
-		return fail("/proc/self/pagemap");
-	EVP_DigestInit_ex(ctx, EVP_sha256(), NULL);
-	for (size_t off = 0; off < size; off += page) {
+	touch = map;
+	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (pagemap < 0)
+		die("/proc/self/pagemap");
+	if (EVP_DigestInit_ex(md, EVP_sha256(), NULL) != 1)
+		die("SHA-256");
+	for (size_t i = 0; i < n; i++) {
 		uint64_t entry;
 
-		(void)p[off];
-		if (pread(fd, &entry, sizeof(entry), ((uintptr_t)p + off) / page * sizeof(entry)) !=
-		    sizeof(entry)) {
-			close(fd);
-			return fail("reading /proc/self/pagemap");
+		(void)touch[i * page];
+		if (pread(pagemap, &entry, sizeof(entry),
+			  (off_t)(((uintptr_t)map / page + i) * sizeof(entry))) != sizeof(entry))
+			die("/proc/self/pagemap");
+		if (!(entry & PRESENT) || (entry & PFN_MASK) == 0) {
+			fprintf(stderr, "\nmemfd-pages: page %zu has no readable PFN (not root?)\n", i);
+			exit(EXIT_FAILURE);
 		}
-		if (!(entry & PAGEMAP_PRESENT) || !(entry & PAGEMAP_PFN)) {
-			close(fd);
-			errno = EPERM;
-			return fail("no page frame number (CAP_SYS_ADMIN is needed)");
-		}
-		entry &= PAGEMAP_PFN;
-		EVP_DigestUpdate(ctx, &entry, sizeof(entry));
+		entry &= PFN_MASK;
+		if (i < FIRST)
+			first[i] = entry;
+		if (EVP_DigestUpdate(md, &entry, sizeof(entry)) != 1)
+			die("SHA-256");
 	}
-	close(fd);
-	return 0;
+	if (EVP_DigestFinal_ex(md, sum, &len) != 1)
+		die("SHA-256");
+	printf(" pages %zu", n);
+	print_hex(" pfns-sha256 ", sum, len);
+	fputs(" first ", stdout);
+	for (size_t i = 0; i < n && i < FIRST; i++)
+		printf("%s%" PRIx64, i ? "," : "", first[i]);
+	fputs(n ? "\n" : "-\n", stdout);
+	EVP_MD_CTX_free(md);
+	close(pagemap);
+	if (map)
+		munmap(map, n * page);
 }
 
-static int show(int fd, const char *name)
-{
-	EVP_MD_CTX *ctx = EVP_MD_CTX_new();
-	struct stat st;
-	char *p;
-	int r;
-
-	if (!ctx)
-		return fail("EVP_MD_CTX_new");
-	if (fstat(fd, &st) < 0)
-		return fail(name);
-	p = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
-	if (p == MAP_FAILED)
-		return fail(name);
-	printf("%s %jd", name, (intmax_t)st.st_size);
-	EVP_DigestInit_ex(ctx, EVP_sha256(), NULL);
-	EVP_DigestUpdate(ctx, p, st.st_size);
-	print_hash(ctx);
-	r = hash_pfns(ctx, p, st.st_size);
-	if (r == 0)
-		print_hash(ctx);
-	putchar('\n');
-	munmap(p, st.st_size);
-	EVP_MD_CTX_free(ctx);
-	return r;
-}
-
-/* xorshift64*: the same contents for the same seed, and no page like another. */
-static void fill(uint64_t *p, size_t size, uint64_t seed)
-{
-	uint64_t x = seed * 0x9e3779b97f4a7c15ULL + 1;
-
-	for (size_t i = 0; i < size / sizeof(*p); i++) {
-		x ^= x >> 12;
-		x ^= x << 25;
-		x ^= x >> 27;
-		p[i] = x * 0x2545f4914f6cdd1dULL;
-	}
-}
-
-static int create(size_t size, uint64_t seed, char **cmd)
-{
-	int fd = memfd_create("memfd-pages", MFD_ALLOW_SEALING | MFD_EXEC);
-	void *p;
-
-	if (fd < 0)
-		return fail("memfd_create");
-	if (ftruncate(fd, size) < 0)
-		return fail("ftruncate");
-	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (p == MAP_FAILED)
-		return fail("mmap");
-	fill(p, size, seed);
-	munmap(p, size);
-	if (fd != FIRST_FD) {
-		if (dup2(fd, FIRST_FD) < 0)
-			return fail("dup2");
-		close(fd);
-	}
-	execvp(cmd[0], cmd);
-	return fail(cmd[0]);
-}
-
-static int show_all(void)
+static int print_passed(void)
 {
 	const char *count = getenv("LISTEN_FDS"), *list = getenv("LISTEN_FDNAMES");
-	char *names = strdup(list ? list : ""), *save = names;
-	int n = count ? atoi(count) : 1, r = 0;
+	char *names = strdup(list ? list : ""), *next = names;
+	int n = count ? atoi(count) : 0;
 
-	for (int i = 0; i < n && r == 0; i++) {
-		const char *name = names ? strsep(&names, ":") : NULL;
-
-		r = show(FIRST_FD + i, name && *name ? name : "fd");
+	if (n <= 0) {
+		fputs("memfd-pages: LISTEN_FDS passes no descriptors\n", stderr);
+		return EXIT_FAILURE;
 	}
-	free(save);
-	return r;
+	for (int i = 0; i < n; i++) {
+		char *name = next ? strsep(&next, ":") : NULL, fallback[16];
+
+		if (!name || !*name) {
+			snprintf(fallback, sizeof(fallback), "fd%d", 3 + i);
+			name = fallback;
+		}
+		print_fd(3 + i, name);
+	}
+	free(names);
+	return EXIT_SUCCESS;
+}
+
+static int create(uint64_t size, uint64_t seed, const char *name)
+{
+	uint64_t *map;
+	int fd;
+
+	fd = memfd_create(name, MFD_ALLOW_SEALING | MFD_EXEC);
+	if (fd < 0 && errno == EINVAL)
+		fd = memfd_create(name, MFD_ALLOW_SEALING);
+	if (fd < 0 || ftruncate(fd, (off_t)size) < 0)
+		die("memfd");
+	if (size > 0) {
+		map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (map == MAP_FAILED)
+			die("mmap");
+		/* xorshift64: every page differs, none is zero */
+		for (uint64_t i = 0, x = seed * 2 + 1; i < size / 8; i++) {
+			x ^= x << 13;
+			x ^= x >> 7;
+			x ^= x << 17;
+			map[i] = x;
+		}
+		munmap(map, size);
+	}
+	return fd;
+}
+
+static uint64_t parse_size(const char *s)
+{
+	char *end;
+	uint64_t v = strtoull(s, &end, 10);
+
+	switch (*end) {
+	case 'G':
+		v <<= 10;
+		/* fall through */
+	case 'M':
+		v <<= 10;
+		/* fall through */
+	case 'K':
+		v <<= 10;
+		end++;
+	}
+	if (*end || end == s) {
+		fprintf(stderr, "memfd-pages: '%s' is not a size\n", s);
+		exit(2);
+	}
+	return v;
 }
 
 int main(int argc, char **argv)
@@ -165,24 +196,44 @@ int main(int argc, char **argv)
 	static const struct option options[] = {
 		{ "create", required_argument, NULL, 'c' },
 		{ "seed", required_argument, NULL, 's' },
-		{ NULL, 0, NULL, 0 },
+		{ "name", required_argument, NULL, 'n' },
+		{},
 	};
 	uint64_t size = 0, seed = 1;
-	int c;
+	const char *name = "memfd";
+	bool make = false;
+	int c, fd;
 
 	while ((c = getopt_long(argc, argv, "+", options, NULL)) >= 0) {
-		if (c == 'c')
-			size = strtoull(optarg, NULL, 0);
-		else if (c == 's')
-			seed = strtoull(optarg, NULL, 0);
-		else
+		switch (c) {
+		case 'c':
+			size = parse_size(optarg);
+			make = true;
+			break;
+		case 's':
+			seed = strtoull(optarg, NULL, 10);
+			break;
+		case 'n':
+			name = optarg;
+			break;
+		default:
 			return 2;
+		}
 	}
-	if (!size)
-		return show_all();
-	if (optind == argc) {
-		fputs("memfd-pages: --create needs a command\n", stderr);
-		return 2;
+	if (!make)
+		return print_passed();
+
+	fd = create(size, seed, name);
+	if (fd != 3) {
+		if (dup2(fd, 3) < 0)
+			die("dup2");
+		close(fd);
 	}
-	return create(size, seed, argv + optind);
+	if (setenv("LISTEN_FDS", "1", 1) < 0 || setenv("LISTEN_FDNAMES", name, 1) < 0 ||
+	    unsetenv("LISTEN_PID") < 0)
+		die("setenv");
+	if (optind == argc)
+		return print_passed();
+	execvp(argv[optind], argv + optind);
+	die(argv[optind]);
 }
