@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Writes golden/image-vN when a format version is released; N is never written again. */
+#include "common.h"
+
+int main(int argc, char **argv)
+{
+	struct kho_image *i = NULL;
+	struct kho *kho = NULL;
+	size_t size;
+	void *buf;
+
+	if (kho_new(&kho, NULL, NULL) < 0 ||
+	    kho_image_new(&i, "golden", 1000, "vm@1.service", NULL) < 0)
+		return 1;
+	kho_image_set_handovers(i, 7);
+	kho_image_set_registered_usec(i, UINT64_C(1763632800000000));
+	if (kho_image_set_origin(i, "01234567-89ab-cdef-0123-456789abcdef", "7.3.4", UINT64_C(1763632801000000), NULL) < 0 ||
+	    kho_image_set_secret(kho, i, "0123456789abcdef", 16, NULL) < 0)
+		return 1;
+	for (int k = 0; k < 3; k++) {
+		char name[8];
+		struct kho_image_file f = {
+			.name = name, .kind = KHO_FILE_MEMFD, .token = 1 + k, .size = 1u << (12 + k),
+		};
+
+		snprintf(name, sizeof(name), "ram%d", k);
+		if (kho_image_add_file(i, &f, NULL) < 0)
+			return 1;
+	}
+	if (kho_image_encode(i, &buf, &size, NULL) < 0 || fwrite(buf, 1, size, stdout) != size)
+		return 1;
+	free(buf);
+	kho_image_free(i);
+	kho_free(kho);
+	return 0;
+}

@@ -1,0 +1,453 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * Clients that do not behave, against the real khod: garbage, too much, too early,
+ * wrong order, other users, a second khod.
+ */
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include "common.h"
+#include "wire.h"
+
+static struct kho *kho;
+static struct sim *sim;
+
+static void setup(void)
+{
+	raise_limits();
+	cr_assert(kho_new(&kho, NULL, NULL) == 0);
+	sim = sim_new(true);
+	sim_start(sim, NULL, NULL);
+	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+}
+
+/* Whatever a test did to it, khod ends well. */
+static void teardown(void)
+{
+	int status = sim_stop(sim);
+
+	cr_assert(status == 0, "khod ended with 0x%x:\n%s", status, sim_log(sim));
+	sim_free(sim);
+	kho_free(kho);
+}
+
+TestSuite(protocol, .init = setup, .fini = teardown, .timeout = 120);
+
+static int dial_raw(void)
+{
+	return kho_ops_kernel()->connect(NULL, sim_socket(sim), 20000);
+}
+
+static struct kho_client *dial(void)
+{
+	struct kho_client *c = NULL;
+
+	(void)kho_client_connect(kho, sim_socket(sim), &c, NULL);
+	return c;
+}
+
+/* The connection still works for everybody else. */
+static void must_work(void)
+{
+	struct kho_client *c = dial();
+	struct kho_status *st = NULL;
+
+	cr_assert(c, "%s", sim_log(sim));
+	cr_assert(kho_client_status(c, &st, NULL) == 0);
+	kho_status_free(st);
+	kho_client_free(c);
+}
+
+/* One reply, which must be a refusal; and then, if it is fatal, the end. */
+static void must_refuse(int sock, int errnum, bool fatal)
+{
+	uint8_t buf[KHO_WIRE_PACKET_MAX];
+	Kho__Control__Reply *a;
+	int fds[KHO_WIRE_FDS_MAX];
+	size_t n_fds;
+	ssize_t n;
+
+	n = kho_wire_recv(kho, sock, buf, fds, &n_fds);
+	if (n == -ECONNRESET)
+		n = kho_wire_recv(kho, sock, buf, fds, &n_fds);
+	cr_assert(n > 0, "no answer: %zd", n);
+	cr_assert(n_fds == 0);
+	a = kho_wire_reply_unpack(buf, n);
+	cr_assert(a && a->body_case == KHO__CONTROL__REPLY__BODY_ERROR);
+	cr_assert(a->error->error == errnum, "%d: %s", a->error->error, a->error->reason);
+	cr_assert(a->error->fatal == fatal);
+	cr_assert(strlen(a->error->reason) > 10 && strlen(a->error->object) > 0);
+	kho_wire_reply_free(a);
+	if (fatal)
+		cr_assert(kho_wire_recv(kho, sock, buf, fds, &n_fds) <= 0);
+}
+
+static void send_request(int sock, Kho__Control__Request *q, const int *fds, size_t n_fds)
+{
+	uint8_t buf[KHO_WIRE_PACKET_MAX];
+	size_t n = kho__control__request__pack(q, buf);
+
+	(void)kho_wire_send(kho, sock, buf, n, fds, n_fds);
+}
+
+static void hello(int sock)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Hello h = KHO__CONTROL__HELLO__INIT;
+	uint8_t buf[KHO_WIRE_PACKET_MAX];
+	int fds[KHO_WIRE_FDS_MAX];
+	size_t n_fds;
+
+	h.min_version = h.max_version = 1;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_HELLO;
+	q.hello = &h;
+	send_request(sock, &q, NULL, 0);
+	cr_assert(kho_wire_recv(kho, sock, buf, fds, &n_fds) > 0);
+}
+
+Test(protocol, garbage)
+{
+	int s = dial_raw();
+
+	cr_assert(send(s, "\xff\xff\xff\xff\033[2J evil", 14, 0) == 14);
+	must_refuse(s, EBADMSG, true);
+	close(s);
+	cr_assert(strstr(sim_log(sim), "breaks the protocol"));
+	cr_assert(!strstr(sim_log(sim), "evil"), "raw input in the log");
+
+	s = dial_raw();
+	hello(s);
+	cr_assert(send(s, "", 0, 0) == 0);	/* an empty packet is an end of file */
+	close(s);
+	must_work();
+}
+
+Test(protocol, random_garbage)
+{
+	unsigned int seed = 20261120;
+	char buf[512];
+
+	fprintf(stderr, "seed %u\n", seed);
+	srandom(seed);
+	for (int i = 0; i < 300; i++) {
+		int s = dial_raw();
+
+		if (i % 2)
+			hello(s);
+		for (int k = 0; k < 3; k++) {
+			size_t n = 1 + random() % sizeof(buf);
+
+			for (size_t j = 0; j < n; j++)
+				buf[j] = (char)random();
+			(void)send(s, buf, n, MSG_NOSIGNAL);
+		}
+		close(s);
+	}
+	usleep(50000);
+	must_work();
+}
+
+Test(protocol, log_is_rate_limited)
+{
+	const char *p;
+	int n = 0;
+
+	for (int i = 0; i < 100; i++) {
+		int s = dial_raw();
+
+		(void)send(s, "\xff", 1, MSG_NOSIGNAL);
+		must_refuse(s, EBADMSG, true);
+		close(s);
+	}
+	for (p = sim_log(sim); (p = strstr(p, "breaks the protocol")); p++)
+		n++;
+	cr_assert(n > 0 && n <= 20, "%d messages", n);
+	must_work();
+}
+
+Test(protocol, wrong_order)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__List l = KHO__CONTROL__LIST__INIT;
+	Kho__Control__ClaimAck ack = KHO__CONTROL__CLAIM_ACK__INIT;
+	Kho__Control__Hello h = KHO__CONTROL__HELLO__INIT;
+	int s = dial_raw();
+
+	q.body_case = KHO__CONTROL__REQUEST__BODY_LIST;
+	q.list = &l;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	s = dial_raw();
+	hello(s);
+	ack.name = (char *)"vm1";
+	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM_ACK;
+	q.claim_ack = &ack;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	s = dial_raw();
+	h.min_version = 9;
+	h.max_version = 12;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_HELLO;
+	q.hello = &h;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	s = dial_raw();
+	hello(s);
+	q.body_case = KHO__CONTROL__REQUEST__BODY__NOT_SET;
+	q.serial = 5;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, EOPNOTSUPP, true);
+	close(s);
+	must_work();
+}
+
+Test(protocol, descriptors_that_do_not_belong)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__List l = KHO__CONTROL__LIST__INIT;
+	Kho__Control__Register r = KHO__CONTROL__REGISTER__INIT;
+	Kho__Control__FileSpec spec = KHO__CONTROL__FILE_SPEC__INIT, *specs[1] = { &spec };
+	size_t fds_before;
+	int s, fds[2];
+
+	must_work();
+	usleep(50000);
+	fds_before = sim_khod_fds(sim);
+
+	s = dial_raw();
+	hello(s);
+	fds[0] = fds[1] = STDERR_FILENO;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_LIST;
+	q.list = &l;
+	send_request(s, &q, fds, 2);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	s = dial_raw();
+	hello(s);
+	spec.name = (char *)"a";
+	r.name = (char *)"vm1";
+	r.files = specs;
+	r.n_files = 1;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_REGISTRATION;
+	q.registration = &r;
+	send_request(s, &q, fds, 2);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	/* Half a registration, then nothing: what came is closed with the connection. */
+	s = dial_raw();
+	hello(s);
+	r.more = true;
+	send_request(s, &q, fds, 1);
+	close(s);
+
+	/* Half a registration, then something else. */
+	s = dial_raw();
+	hello(s);
+	send_request(s, &q, fds, 1);
+	q.body_case = KHO__CONTROL__REQUEST__BODY_LIST;
+	q.list = &l;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, EPROTO, true);
+	close(s);
+
+	usleep(50000);
+	cr_assert(sim_khod_fds(sim) == fds_before, "khod leaks: %zu, then %zu", fds_before,
+		  sim_khod_fds(sim));
+}
+
+Test(protocol, oversized)
+{
+	static char big[KHO_WIRE_PACKET_MAX + 100];
+	int s = dial_raw();
+
+	hello(s);
+	memset(big, 'x', sizeof(big));
+	cr_assert(send(s, big, sizeof(big), 0) > 0);
+	must_refuse(s, EMSGSIZE, true);
+	close(s);
+	must_work();
+}
+
+Test(protocol, bad_names_are_refused_not_logged)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Register r = KHO__CONTROL__REGISTER__INIT;
+	Kho__Control__FileSpec spec = KHO__CONTROL__FILE_SPEC__INIT, *specs[1] = { &spec };
+	Kho__Control__Claim c = KHO__CONTROL__CLAIM__INIT;
+	int s = dial_raw(), fd = make_memfd(100, 1);
+
+	hello(s);
+	spec.name = (char *)"a";
+	r.name = (char *)"bad\nname";
+	r.files = specs;
+	r.n_files = 1;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_REGISTRATION;
+	q.registration = &r;
+	send_request(s, &q, &fd, 1);
+	must_refuse(s, EINVAL, false);
+	c.name = (char *)"bad\nname";
+	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM;
+	q.claim = &c;
+	send_request(s, &q, NULL, 0);
+	must_refuse(s, ENOENT, false);
+	close(s);
+	close(fd);
+	cr_assert(!strstr(sim_log(sim), "bad\nname"));
+	must_work();
+}
+
+Test(protocol, connection_limit)
+{
+	int socks[200];
+	int refused = 0;
+
+	for (int i = 0; i < 200; i++)
+		socks[i] = dial_raw();
+	/* Those beyond the limit are told so at once; the others would be silent. */
+	for (int i = 0; i < 200; i++) {
+		uint8_t buf[KHO_WIRE_PACKET_MAX];
+
+		if (recv(socks[i], buf, sizeof(buf), MSG_DONTWAIT) > 0)
+			refused++;
+	}
+	usleep(200000);
+	for (int i = 0; i < 200; i++) {
+		uint8_t buf[KHO_WIRE_PACKET_MAX];
+		ssize_t n = recv(socks[i], buf, sizeof(buf), MSG_DONTWAIT);
+
+		refused += n > 0;
+		close(socks[i]);
+	}
+	cr_assert(refused >= 72, "%d refused", refused);
+	usleep(100000);
+	must_work();
+}
+
+Test(protocol, hello_deadline)
+{
+	int s = dial_raw();
+
+	must_refuse(s, ETIMEDOUT, true);	/* after 5 s */
+	close(s);
+	must_work();
+}
+
+Test(protocol, second_khod)
+{
+	char cmd[512], out[512] = "";
+	int status;
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "KHO_SIM=%s %s --socket %s 2>&1", sim_dir(sim),
+		 getenv("KHOD_SIM"), sim_socket(sim));
+	f = popen(cmd, "r");
+	cr_assert(f);
+	cr_assert(fread(out, 1, sizeof(out) - 1, f) > 0);
+	status = pclose(f);
+	cr_assert(WIFEXITED(status) && WEXITSTATUS(status) == 3, "0x%x", status);
+	cr_assert(strstr(out, "Another khod (pid "), "%s", out);
+	must_work();
+}
+
+/* As another user: in a child, over its own connection. */
+static int as_user(uid_t uid, int (*fn)(void))
+{
+	int status;
+	pid_t pid;
+
+	fflush(NULL);
+	pid = fork();
+	if (pid == 0) {
+		if (chmod(sim_dir(sim), 0755) < 0 || chmod(sim_socket(sim), 0666) < 0 ||
+		    setresuid(uid, uid, uid) < 0)
+			_exit(100);
+		_exit(fn());
+	}
+	waitpid(pid, &status, 0);
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 101;
+}
+
+static int user_tries(void)
+{
+	struct kho_client *c = dial();
+	struct kho_claim *claim = NULL;
+	struct kho_workloads *w = NULL;
+	struct kho_client_file cf;
+
+	if (!c)
+		return 1;
+	if (kho_client_claim(c, "roots", NULL, 0, &claim, NULL) != -EPERM)
+		return 2;
+	if (kho_client_release(c, "roots", NULL, 0, NULL) != -EPERM)
+		return 3;
+	if (kho_client_show(c, "roots", &w, NULL) != -EPERM)
+		return 4;
+	if (kho_client_list(c, &w, NULL) != 0 || kho_workloads_n(w) != 0)
+		return 5;
+	kho_workloads_free(w);
+	if (kho_client_claim(c, "roots", "wrong-wrong-wrong", 17, &claim, NULL) != -EPERM)
+		return 6;
+	if (kho_client_claim(c, "roots", "0123456789abcdef", 16, &claim, NULL) != 0)
+		return 7;
+	claim = kho_claim_free(claim);
+	kho_client_free(c);
+
+	/* Its own workloads, up to its limit. */
+	c = dial();
+	for (int i = 0; i < 33; i++) {
+		char name[32];
+		int r;
+
+		snprintf(name, sizeof(name), "mine%d", i);
+		cf = (struct kho_client_file){ "a", make_memfd(8, i) };
+		r = kho_client_register(c, name, &cf, 1, NULL, 0, NULL);
+		close(cf.fd);
+		if (r != (i < 32 ? 0 : -EDQUOT))
+			return 8;
+	}
+	if (kho_client_list(c, &w, NULL) != 0 || kho_workloads_n(w) != 32)
+		return 9;
+	kho_workloads_free(w);
+	kho_client_free(c);
+	return 0;
+}
+
+static int other_user_tries(void)
+{
+	struct kho_client *c = dial();
+	struct kho_claim *claim = NULL;
+
+	if (!c)
+		return 1;
+	if (kho_client_claim(c, "mine0", NULL, 0, &claim, NULL) != -EPERM)
+		return 2;
+	kho_client_free(c);
+	return 0;
+}
+
+Test(protocol, users)
+{
+	struct kho_client *c = dial();
+	struct kho_client_file cf = { "a", make_memfd(100, 1) };
+	int r;
+
+	if (geteuid() != 0)
+		cr_skip_test("needs root to become other users");
+	cr_assert(kho_client_register(c, "roots", &cf, 1, "0123456789abcdef", 16, NULL) == 0);
+	kho_client_free(c);
+	close(cf.fd);
+	r = as_user(65534, user_tries);
+	cr_assert(r == 0, "step %d:\n%s", r, sim_log(sim));
+	r = as_user(65533, other_user_tries);
+	cr_assert(r == 0, "step %d", r);
+	must_work();
+}
