@@ -169,13 +169,18 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	}
 	if (!keep) {
 		r = kho_client_claim_ack(client, claim, &err);
-		if (r < 0) {
-			if (r == -ECONNRESET)
-				fprintf(stderr, "khoctl: the files are here, but whether %s is still held is not known: khoctl show %s\n",
-					name, name);
+		if (r == -ECONNRESET)
+			fprintf(stderr, "khoctl: the files are here, but whether %s is still held is not known: khoctl show %s\n",
+				name, name);
+		/*
+		 * khod may have let go before it died: then these descriptors are the
+		 * only ones, and must not end with this process.
+		 */
+		if (r < 0 && !(r == -ECONNRESET && optind < argc)) {
 			r = khoctl_fail(r, err);
 			goto out;
 		}
+		err = kho_error_free(err);
 	}
 	client = kho_client_free(client);
 	r = optind < argc ? exec_with(claim, argv + optind) : EXIT_SUCCESS;

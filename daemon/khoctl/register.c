@@ -124,8 +124,8 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		return khoctl_usage(&verb_register, "register what, under which name?");
 	name = argv[optind++];
 	if (!kho_name_valid(name)) {
-		fprintf(stderr, "khoctl: a workload's name has 1 to %d of A-Z a-z 0-9 _ . @ - and does not begin with . or -\n",
-			KHO_NAME_MAX);
+		fprintf(stderr, "khoctl: '%s' cannot be a workload's name: 1 to %d of A-Z a-z 0-9 _ . @ -, and no . or - at its beginning\n",
+			name, KHO_NAME_MAX);
 		return EXIT_USAGE;
 	}
 	if ((n > 0) == (optind < argc) || argc - optind > 1)

@@ -179,7 +179,7 @@ class VM:
 
     def cmdline(self) -> str:
         parts = ["console=ttyS0,115200", "root=/dev/vda", "rw", "kho=on", "panic=-1", "printk.time=1",
-                 "oops=panic", profile(self.machine)[1]]
+                 "oops=panic", "TERM=dumb", profile(self.machine)[1]]
         if self.kho_scratch:
             parts.append(f"kho_scratch={self.kho_scratch}")
         if not re.search(r"\bliveupdate=", self.append):

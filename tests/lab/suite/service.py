@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""khod in the guest: memory over `systemctl kexec`, kills at every fault point, bad input."""
+
+import re
+
+from lablib.check import expect, test
+
+PAGES = "/usr/lib/khod/tests/memfd-pages"
+MIB = 1 << 20
+
+
+class Khod:
+    """khod as the test sees it, in the guest @vm."""
+
+    def __init__(self, vm):
+        self.vm = vm
+        self.made = {}      # name -> the line memfd-pages printed of it
+
+    def points(self, *phases):
+        """The named fault points of @phases, as khod itself lists them."""
+        rows = [x.split() for x in self.vm.run("/usr/lib/khod/khod --list-fault-points").out.splitlines()]
+        return [r[0] for r in rows if r[1] in phases]
+
+    def arm(self, points, restart=True):
+        """The next starts of khod kill themselves at @points, one each."""
+        text = "".join(f"{p}\\n" for p in points)
+        self.vm.run(f"printf '{text}' > /var/lib/lab/khod-faults; sync")
+        if restart:
+            self.vm.run("systemctl reset-failed khod; systemctl restart khod", check=False)
+
+    def register(self, name, size=4 * MIB, seed=1, check=True):
+        """A workload with one memfd; what is in it and where is remembered."""
+        r = self.vm.run(f"{PAGES} --create {size} --seed {seed} -- "
+                        f"sh -c '{PAGES} > /lab/{name}.pages; khoctl register {name} --fd 3'",
+                        120, check=check)
+        self.made[name] = digests((self.vm.share / f"{name}.pages").read_text())
+        return r
+
+    def claim(self, name, check=True):
+        """Claim @name; contents and pages must be those that were registered."""
+        r = self.vm.run(f"khoctl claim {name} -- {PAGES} > /lab/{name}.back", 120, check=check)
+        got = digests((self.vm.share / f"{name}.back").read_text())
+        if r.status == 0:
+            expect(got == self.made[name],
+                   f"{name} came back as {got}, not as {self.made[name]}")
+        return r
+
+    def held(self):
+        """Names of the workloads that khod holds."""
+        rows = self.vm.run("khoctl list").out.splitlines()
+        return [r.split()[0] for r in rows[1:]]
+
+    def only_sessions(self):
+        """In the fd store there are LUO sessions, one a workload, and nothing else."""
+        rows = self.vm.run("systemd-analyze fdstore khod.service").out.splitlines()[1:]
+        rows = [r for r in rows if r.strip()]
+        for r in rows:
+            expect("anon_inode:[luo_session]" in r, f"not a session in the fd store: {r}")
+        expect(len(rows) == len(self.held()), f"{len(rows)} descriptors for {self.held()}")
+
+    def kills(self, since):
+        """The fault points at which khod killed itself since line @since of the journal."""
+        lines = list(self.vm.journal.lines)[since:]
+        found = (re.search(r"khod: fault point (\S+): killing myself", x) for x in lines)
+        return [m.group(1) for m in found if m]
+
+
+def digests(text):
+    """(contents, pages) of each line of memfd-pages; the names differ, these must not."""
+    return [tuple(line.split()[2:]) for line in text.splitlines()]
+
+
+def booted(ctx, **kw):
+    return ctx.vm(**{"memory": "1G", **kw})
+
+
+@test()
+def a_memfd_comes_through_systemctl_kexec(ctx):
+    """The same bytes in the same pages, held by a session only, and by khod's own."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        khod.register("mem", 64 * MIB)
+        khod.only_sessions()
+        security = vm.run("systemd-analyze security --no-pager khod.service | tail -n 2").out
+        expect(re.search(r"exposure level.*: \d\.\d OK", security), f"sandbox: {security}")
+        vm.kexec()
+        expect(khod.held() == ["mem"], f"after the kexec khod holds {khod.held()}")
+        khod.only_sessions()
+        opened = vm.run("ls -l /proc/$(systemctl show -P MainPID khod)/fd | grep -c /dev/liveupdate",
+                        check=False).out.strip()
+        expect(opened == "0", "khod keeps /dev/liveupdate open")
+        khod.claim("mem")
+        expect(khod.held() == [], "claimed, and still held")
+        khod.only_sessions()
+
+
+@test()
+def killed_at_every_fault_point_before_the_kexec(ctx):
+    """A registration is answered or leaves nothing; a claim is answered or can be repeated."""
+    with booted(ctx) as vm:
+        khod, since, done = Khod(vm.ready()), len(vm.journal.lines), 0
+        for point in khod.points("register"):
+            khod.arm([point])
+            name = point.replace("register-", "r-")
+            r = khod.register(name, check=False)
+            held = name in khod.held()
+            expect(held or r.status != 0, f"{point}: answered with success, and lost")
+            if not held:
+                khod.register(name)     # nothing half done stands in its way
+            khod.only_sessions()
+            khod.claim(name)
+            done += 1
+        for point in khod.points("start-outgoing"):
+            # Remains of a registration that was cut off are found, and this start dies too.
+            khod.arm(["register-session-stored", point])
+            expect(khod.register("rest", check=False).status != 0, "cut off, and yet registered")
+            expect(khod.held() == [], f"{point}: half a registration is held")
+            khod.only_sessions()
+            done += 1
+        for point in khod.points("claim"):
+            khod.register("claimed", seed=7)
+            khod.arm([point])
+            r = khod.claim("claimed", check=False)
+            again = "claimed" in khod.held()
+            got = digests((vm.share / "claimed.back").read_text())
+            expect(again or got == khod.made["claimed"],
+                   f"{point}: the memory is neither with the client nor held (status {r.status}: {r.err})")
+            if again:
+                khod.claim("claimed")
+            khod.only_sessions()
+            done += 1
+        for point in khod.points("release"):
+            khod.register("released")
+            khod.arm([point])
+            vm.run("khoctl release released", check=False)
+            if "released" in khod.held():
+                vm.run("khoctl release released")
+            khod.only_sessions()
+            done += 1
+        kills = khod.kills(since)
+        missing = set(khod.points("register", "start-outgoing", "claim", "release")) - set(kills)
+        expect(not missing, f"never reached: {missing}")
+        ctx.figure("kills", f"{len(kills)} at {done} points")
+
+
+@test()
+def killed_at_every_fault_point_after_the_kexec(ctx):
+    """One kexec; each start of khod after it dies at the next point; all is there at the end."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        points = khod.points("start-incoming")
+        for i, _ in enumerate(points):
+            khod.register(f"w{i}", seed=100 + i)
+        khod.arm(points, restart=False)
+        since = len(vm.journal.lines)
+        vm.kexec()
+        vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; exit 1")
+        kills = khod.kills(since)
+        expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
+        expect(sorted(khod.held()) == sorted(khod.made), f"lost: {set(khod.made) - set(khod.held())}")
+        khod.only_sessions()
+        for name in list(khod.made):
+            khod.claim(name)
+        ctx.figure("kills", f"{len(kills)} at {len(points)} points")
+
+
+@test()
+def bad_input_to_khod(ctx):
+    """Each refusal is one sentence that names the object; what is held stays held."""
+    with booted(ctx, init="systemd") as vm:
+        khod = Khod(vm.ready())
+        khod.register("taken")
+
+        def refused(command, *words):
+            r = vm.run(command, check=False)
+            expect(r.status not in (0, 127), f"'{command}' was not refused: {r.out}")
+            lines = [x for x in r.err.splitlines() if x.strip()]
+            expect(len(lines) <= 2, f"'{command}' gives more than a sentence: {r.err}")
+            for w in words:
+                expect(re.search(w, r.err), f"'{command}': '{w}' is not in: {r.err}")
+
+        refused("/usr/lib/khod/khod", r"khod")
+        refused("khoctl register taken /etc/hostname", "taken", "in use|held|exists")
+        refused("khoctl register pipe --fd 3 3</dev/zero", "pipe|fd3", "memfd|preserv")
+        refused("khoctl register a/b /etc/hostname", "a/b")
+        refused("khoctl register x /no/such/file", "/no/such/file", "No such file")
+        refused("khoctl claim nobody -- true", "nobody")
+        refused("khoctl release nobody", "nobody")
+        refused("head -c 100 /dev/urandom > /tmp/image; khoctl inspect /tmp/image", "/tmp/image|image")
+        expect(khod.held() == ["taken"], "a refusal changed what is held")
+        khod.claim("taken")
+
+
+@test()
+def a_kernel_without_live_update(ctx):
+    """khod runs, and says in one sentence why it cannot hold anything."""
+    with booted(ctx, append="liveupdate=off") as vm:
+        vm.ready()
+        r = vm.run("khoctl register x /etc/hostname", check=False)
+        expect(r.status == 1 and len(r.err.strip().splitlines()) == 1, f"{r.status}: {r.err}")
+        expect(re.search(r"live ?update", r.err, re.I), f"does not say why: {r.err}")
+        expect("live update" in vm.run("khoctl status").out, "status says nothing of it")
+
+
+def handovers(ctx, count):
+    """The same memory through @count handovers, with nobody claiming it, under pressure."""
+    with booted(ctx, pressure=True) as vm:
+        khod = Khod(vm.ready())
+        khod.register("mem", 128 * MIB)
+        for i in range(count):
+            vm.kexec()
+            expect(khod.held() == ["mem"], f"after kexec {i + 1}: {khod.held()}")
+        khod.claim("mem")
+        ctx.figure("handovers", count)
+
+
+@test(part="kexec")
+def twenty_handovers_under_pressure(ctx):
+    handovers(ctx, 20)
+
+
+@test(part="kexec")
+def killed_after_a_kexec_of_its_own_for_each_point(ctx):
+    """As in check, but each point gets a kexec, and dies at its second pass too."""
+    with booted(ctx) as vm:
+        khod, done = Khod(vm.ready()), 0
+        khod.register("a", seed=1)
+        khod.register("b", seed=2)
+        for point in khod.points("start-incoming"):
+            for which in (point, f"{point}:2"):
+                khod.arm([which], restart=False)
+                since = len(vm.journal.lines)
+                vm.kexec()
+                vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; exit 1")
+                expect(khod.kills(since) == [point], f"{which}: killed at {khod.kills(since)}")
+                expect(sorted(khod.held()) == ["a", "b"], f"{which}: {khod.held()}")
+                done += 1
+        khod.claim("a")
+        khod.claim("b")
+        ctx.figure("kills", done)
