@@ -408,7 +408,8 @@ static int user_tries(void)
 		int r;
 
 		snprintf(name, sizeof(name), "mine%d", i);
-		cf = (struct kho_client_file){ "a", make_memfd(8, i) };
+		/* Not make_memfd(): criterion's asserts hang in a child of a test. */
+		cf = (struct kho_client_file){ "a", memfd_create("a", MFD_CLOEXEC) };
 		r = kho_client_register(c, name, &cf, 1, NULL, 0, NULL);
 		close(cf.fd);
 		if (r != (i < 32 ? 0 : -EDQUOT))
