@@ -5,7 +5,7 @@
 struct sim_packet {
 	unsigned long request;
 	int ret;
-	unsigned char arg[96];
+	unsigned char arg[96] __attribute__((aligned(8)));
 };
 
 /* @fd: -1: none. A descriptor that is not open is sent as none, as the kernel would see it. */
