@@ -291,7 +291,8 @@ static int pending_append(struct pending *p, const Kho__Control__Register *q, in
 			return -ENOMEM;
 		}
 	}
-	memcpy(copy + p->n, fds, q->n_files * sizeof(int));
+	if (q->n_files > 0)
+		memcpy(copy + p->n, fds, q->n_files * sizeof(int));
 	p->n = total;
 	*n_fds = 0;
 	return 0;
@@ -322,7 +323,8 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 			return garbage(c, serial, EINVAL, "a claim secret has 16 to 64 bytes");
 		/* Its validity is judged below, where the answer names it. */
 		snprintf(p->name, sizeof(p->name), "%s", kho_name_valid(q->name) ? q->name : "");
-		memcpy(p->secret, q->claim_secret.data, q->claim_secret.len);
+		if (q->claim_secret.len > 0)
+			memcpy(p->secret, q->claim_secret.data, q->claim_secret.len);
 		p->secret_size = q->claim_secret.len;
 	} else if (strcmp(p->name, q->name) != 0) {
 		return garbage(c, serial, EPROTO, "REGISTER goes on under another name");
