@@ -30,8 +30,10 @@ class Khod:
 
     def register(self, name, size=4 * MIB, seed=1, check=True):
         """A workload with one memfd; what is in it and where is remembered."""
+        # The pages are looked at last: preserving may move them out of KHO's scratch memory.
         r = self.vm.run(f"{PAGES} --create {size} --seed {seed} -- "
-                        f"sh -c '{PAGES} > /lab/{name}.pages; khoctl register {name} --fd 3'",
+                        f"sh -c 'khoctl register {name} --fd 3; s=$?; "
+                        f"{PAGES} > /lab/{name}.pages; exit $s'",
                         120, check=check)
         self.made[name] = digests((self.vm.share / f"{name}.pages").read_text())
         return r
