@@ -134,7 +134,8 @@ class VM:
     @kernel:  folder of a build (kernel.build())
     @image:   root file system (rootfs.image()), used under an overlay
     @profile: name of a machine; @devices: kinds below root ports
-    @init:    "systemd" or "bare"
+    @init:    "systemd", "bare", or another program of /usr/lib/khod-lab that runs as PID 1
+              (then there is no agent, and what it says comes in journal.log)
     @append:  more for the kernel's command line
     @trace:   QEMU trace events
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
@@ -184,8 +185,9 @@ class VM:
             parts.append(f"kho_scratch={self.kho_scratch}")
         if not re.search(r"\bliveupdate=", self.append):
             parts.append("liveupdate=on")
-        if self.init == "bare":
-            parts.append("init=/usr/lib/khod-lab/bare-init")
+        if self.init != "systemd":
+            name = "bare-init" if self.init == "bare" else self.init
+            parts.append(f"init=/usr/lib/khod-lab/{name}")
         return " ".join([*parts, self.append]).strip()
 
     def args(self, fds) -> list:

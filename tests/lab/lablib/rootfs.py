@@ -414,11 +414,14 @@ def selftests(tree: Path, builddir: Path = None) -> Path:
 def guest_programs() -> Path:
     """A folder with the lab's own programs in the guest (guest/*.c), linked statically.
 
+    They see the series' uAPI headers, of which libkho keeps copies.
+
     bare-init is the PID 1 of guests that boot without systemd.
     """
     build = base("build")
     sources = sorted(GUEST.glob("*.c"))
-    key = digest(build.name, *(s.name for s in sources), *sources)
+    uapi = PROJECT / "kho" / "uapi"
+    key = digest(build.name, *(s.name for s in sources), *sources, *sorted(uapi.glob("linux/*.h")))
     target = cache_dir() / "guest-programs" / key
     with lock(cache_dir() / "guest-programs" / "lock", "the guest's programs"):
         if not target.exists():
@@ -428,8 +431,9 @@ def guest_programs() -> Path:
                 for source in sources:
                     run(inside(build / "root",
                                ["gcc", "-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra",
-                                "-Werror", "-static", "-s", "-o", f"/tmp/out/{source.stem}",
-                                f"/tmp/src/{source.name}"], ro={"src": GUEST}, rw={"out": tmp}),
+                                "-Werror", "-static", "-s", "-I/tmp/uapi", "-o", f"/tmp/out/{source.stem}",
+                                f"/tmp/src/{source.name}"], ro={"src": GUEST, "uapi": uapi},
+                               rw={"out": tmp}),
                         log=log, what=f"building {source.name} for the guest")
     return target
 
