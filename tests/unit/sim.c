@@ -122,6 +122,7 @@ static int session_open(struct session *ss)
 
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sv) < 0)
 		return -errno;
+	(void)fcntl(sv[0], F_SETFL, O_NONBLOCK);
 	ss->server = sv[0];
 	ss->client_ino = inode_of(sv[1]);
 	return sv[1];
@@ -238,6 +239,8 @@ static void serve_session(struct sim *s, struct session *ss)
 	int fd, r;
 
 	r = sim_recv(ss->server, &p, &fd);
+	if (r == -EAGAIN)
+		return;	/* polled before a kexec, the number is another socket's now */
 	if (r <= 0) {
 		session_release(ss);
 		return;
@@ -254,6 +257,8 @@ static void serve_device(struct sim *s, int i)
 	int fd, out = -1, r;
 
 	r = sim_recv(s->devices[i], &p, &fd);
+	if (r == -EAGAIN)
+		return;
 	if (fd >= 0)
 		close(fd);
 	if (r <= 0) {
@@ -316,7 +321,7 @@ static void serve_notify(struct sim *s)
 	};
 	bool store = false, remove = false;
 	int fds[253], n_fds = 0;
-	ssize_t n = recvmsg(s->notify, &msg, MSG_CMSG_CLOEXEC);
+	ssize_t n = recvmsg(s->notify, &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
 
 	if (n < 0)
 		return;
@@ -374,8 +379,10 @@ static void accept_device(struct sim *s)
 	(void)send(fd, &answer, 1, MSG_NOSIGNAL);
 	if (answer != 'k')
 		close(fd);
-	else
+	else {
+		(void)fcntl(fd, F_SETFL, O_NONBLOCK);
 		s->devices[free_slot] = fd;
+	}
 }
 
 static void *serve(void *arg)
@@ -409,12 +416,11 @@ static void *serve(void *arg)
 			pthread_mutex_unlock(&s->lock);
 			return NULL;
 		}
+		/* Whoever wakes us up all the time must not keep us from the rest. */
 		if (p[0].revents) {
-			char c[64];
+			char c[4096];
 
 			(void)!read(s->wake[0], c, sizeof(c));
-			pthread_mutex_unlock(&s->lock);
-			continue;
 		}
 		/* What khod told PID 1 comes before what it told the kernel afterwards. */
 		if (p[2].revents)
@@ -460,7 +466,7 @@ struct sim *sim_new(bool patched)
 	for (int i = 0; i < MAX_DEVICES; i++)
 		s->devices[i] = -1;
 	strcpy(s->dir, "/tmp/kho-sim-XXXXXX");
-	if (!mkdtemp(s->dir) || pipe2(s->wake, O_CLOEXEC) < 0)
+	if (!mkdtemp(s->dir) || pipe2(s->wake, O_CLOEXEC | O_NONBLOCK) < 0)
 		abort();
 	snprintf(s->sock_path, sizeof(s->sock_path), "%s/khod.sock", s->dir);
 	s->listen_device = bind_at(s->dir, "liveupdate", SOCK_SEQPACKET, true);
@@ -622,7 +628,7 @@ pid_t sim_start(struct sim *s, const char *fault, const char *fail)
 /* Until everything khod still said has been heard and every close seen. */
 static void settle(struct sim *s)
 {
-	for (int quiet = 0; quiet < 3;) {
+	for (int quiet = 0, tries = 0; quiet < 3; tries++) {
 		struct pollfd p[1 + MAX_DEVICES + MAX_SESSIONS];
 		int n = 0;
 
@@ -636,6 +642,8 @@ static void settle(struct sim *s)
 				p[n++] = (struct pollfd){ .fd = s->sessions[i].server, .events = POLLIN };
 		quiet = poll(p, n, 0) == 0 ? quiet + 1 : 0;
 		pthread_mutex_unlock(&s->lock);
+		if (tries > 20000)
+			abort();
 		wake(s);
 		usleep(1000);
 	}
