@@ -25,6 +25,7 @@ static void teardown(void)
 TestSuite(khoctl, .init = setup, .fini = teardown, .timeout = 60);
 
 /* Runs a shell command in which K is khoctl on our socket. Return: exit status. */
+__attribute__((format(printf, 1, 2)))
 static int sh(const char *fmt, ...)
 {
 	char body[1024], cmd[2048];
