@@ -32,3 +32,28 @@ def three_bare_kexecs_in_a_row(ctx):
 @test(part="kexec")
 def forty_bare_kexecs_in_a_row(ctx):
     kexec_loop(ctx, 40)
+
+
+def comes_up(ctx, machine, devices, *words):
+    """The machine boots with these devices below root ports, and the kernel says @words."""
+    with ctx.vm(init="bare", machine=machine, devices=devices, name=machine) as vm:
+        vm.ready()
+        pci = vm.run("lspci -n").out
+        for kind in devices:
+            expect(PCI_IDS[kind] in pci, f"{machine}: no {kind} ({PCI_IDS[kind]}) in: {pci}")
+        for w in words:
+            expect(vm.console.find(w) is not None, f"{machine}: the kernel does not say '{w}'")
+
+
+PCI_IDS = {"e1000e": "8086:10d3", "igb": "8086:10c9", "nvme": "1b36:0010", "edu": "1234:11e8",
+           "virtio-net": "1af4:1041"}
+
+
+@test()
+def every_machine_comes_up(ctx):
+    """Each profile, and each kind of device in at least one of them."""
+    comes_up(ctx, "noiommu", ["e1000e", "igb", "nvme", "edu"])
+    comes_up(ctx, "vtd-legacy", ["e1000e"], "DMAR: IOMMU enabled")
+    comes_up(ctx, "vtd-caching", ["igb"], "DMAR: IOMMU enabled")
+    comes_up(ctx, "vtd-scalable", ["virtio-net"], "DMAR: IOMMU enabled")
+    comes_up(ctx, "vtd-first-stage", ["nvme"], "DMAR: IOMMU enabled")
