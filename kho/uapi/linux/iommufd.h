@@ -58,6 +58,12 @@ enum {
 	IOMMUFD_CMD_VEVENTQ_ALLOC = 0x93,
 	IOMMUFD_CMD_HW_QUEUE_ALLOC = 0x94,
 	IOMMUFD_CMD_IOAS_NOIOMMU_GET_PA = 0x95,
+	IOMMUFD_CMD_HWPT_READ = 0x96,
+	IOMMUFD_CMD_LIVEUPDATE_STATUS = 0x97,
+	IOMMUFD_CMD_LIST_OBJECTS = 0x98,
+	IOMMUFD_CMD_GET_HWPT_INFO = 0x99,
+	IOMMUFD_CMD_GET_DEVICE_INFO = 0x9a,
+	IOMMUFD_CMD_IOAS_LIST_AREAS = 0x9b,
 };
 
 /**
@@ -1392,4 +1398,441 @@ struct iommu_hw_queue_alloc {
 	__aligned_u64 length;
 };
 #define IOMMU_HW_QUEUE_ALLOC _IO(IOMMUFD_TYPE, IOMMUFD_CMD_HW_QUEUE_ALLOC)
+
+/**
+ * enum iommu_object_type - Type of an iommufd object
+ * @IOMMU_OBJECT_NONE: No object
+ * @IOMMU_OBJECT_DEVICE: A device that is bound
+ * @IOMMU_OBJECT_IOAS: An IO address space
+ * @IOMMU_OBJECT_HWPT_PAGING: A page table with the content of an IOAS
+ * @IOMMU_OBJECT_HWPT_NESTED: A page table managed by userspace
+ * @IOMMU_OBJECT_HWPT_FROZEN: A page table of the previous kernel
+ * @IOMMU_OBJECT_ACCESS: A user of an IOAS inside of the kernel
+ * @IOMMU_OBJECT_FAULT: A fault queue
+ * @IOMMU_OBJECT_VIOMMU: A virtual IOMMU
+ * @IOMMU_OBJECT_VDEVICE: A device of a virtual IOMMU
+ * @IOMMU_OBJECT_VEVENTQ: An event queue of a virtual IOMMU
+ * @IOMMU_OBJECT_HW_QUEUE: A hardware queue of a virtual IOMMU
+ * @IOMMU_OBJECT_OTHER: Something newer than this list
+ */
+enum iommu_object_type {
+	IOMMU_OBJECT_NONE = 0,
+	IOMMU_OBJECT_DEVICE = 1,
+	IOMMU_OBJECT_IOAS = 2,
+	IOMMU_OBJECT_HWPT_PAGING = 3,
+	IOMMU_OBJECT_HWPT_NESTED = 4,
+	IOMMU_OBJECT_HWPT_FROZEN = 5,
+	IOMMU_OBJECT_ACCESS = 6,
+	IOMMU_OBJECT_FAULT = 7,
+	IOMMU_OBJECT_VIOMMU = 8,
+	IOMMU_OBJECT_VDEVICE = 9,
+	IOMMU_OBJECT_VEVENTQ = 10,
+	IOMMU_OBJECT_HW_QUEUE = 11,
+	IOMMU_OBJECT_OTHER = 12,
+};
+
+/**
+ * enum iommu_liveupdate_state - How a context relates to live updates
+ * @IOMMU_LIVEUPDATE_NONE: Not at all
+ * @IOMMU_LIVEUPDATE_PRESERVED: It is preserved for the next kernel
+ * @IOMMU_LIVEUPDATE_RETRIEVED: It came from the previous kernel
+ */
+enum iommu_liveupdate_state {
+	IOMMU_LIVEUPDATE_NONE = 0,
+	IOMMU_LIVEUPDATE_PRESERVED = 1,
+	IOMMU_LIVEUPDATE_RETRIEVED = 2,
+};
+
+/**
+ * enum iommu_liveupdate_reason - Why a context could not be preserved
+ * @IOMMU_LIVEUPDATE_OK: There was no obstacle
+ * @IOMMU_LIVEUPDATE_BACKING_USER: A mapping of user memory, by address. It
+ *     would have to be a mapping of a memfd, by IOMMU_IOAS_MAP_FILE
+ * @IOMMU_LIVEUPDATE_BACKING_DMABUF: A mapping of a DMABUF
+ * @IOMMU_LIVEUPDATE_BACKING_NOT_PRESERVED: The mapped memfd is not preserved in
+ *     the same session
+ * @IOMMU_LIVEUPDATE_BACKING_STALE: The device can reach a page that is not the
+ *     one that the memfd is preserved with: it was replaced in the file after it
+ *     had been mapped
+ * @IOMMU_LIVEUPDATE_BACKING_LOST: The page table does not have the mapping
+ * @IOMMU_LIVEUPDATE_OBJECT: Objects of this type cannot be preserved
+ * @IOMMU_LIVEUPDATE_FAULT_CAPABLE: A page table with a fault queue
+ * @IOMMU_LIVEUPDATE_PASID: A device with a PASID attached
+ * @IOMMU_LIVEUPDATE_ACCESS: The IOAS is used from inside of the kernel
+ * @IOMMU_LIVEUPDATE_DIRTY_TRACKING: Dirty tracking is on
+ * @IOMMU_LIVEUPDATE_GROUP: A device of the same group is not attached
+ * @IOMMU_LIVEUPDATE_DEVICE_VF: The device is a virtual function, or has some
+ * @IOMMU_LIVEUPDATE_DEVICE_ATS: The device uses ATS or PRI
+ * @IOMMU_LIVEUPDATE_DEVICE_TYPE: The device has no lasting name, it is not PCI
+ * @IOMMU_LIVEUPDATE_DEVICE_NOT_PRESERVED: The attached device is not preserved
+ * @IOMMU_LIVEUPDATE_DRIVER: The IOMMU driver, or the format of the page table,
+ *     cannot do it
+ * @IOMMU_LIVEUPDATE_SW_MSI: MSI pages are mapped by software
+ * @IOMMU_LIVEUPDATE_COMPAT: The context emulates VFIO's no-IOMMU container
+ * @IOMMU_LIVEUPDATE_MEMORY: An allocation failed
+ * @IOMMU_LIVEUPDATE_CHANGED: An attachment changed after the context was
+ *     preserved
+ * @IOMMU_LIVEUPDATE_NOT_EQUAL: A replace was refused as the page tables do not
+ *     have the same translations
+ */
+enum iommu_liveupdate_reason {
+	IOMMU_LIVEUPDATE_OK = 0,
+	IOMMU_LIVEUPDATE_BACKING_USER = 1,
+	IOMMU_LIVEUPDATE_BACKING_DMABUF = 2,
+	IOMMU_LIVEUPDATE_BACKING_NOT_PRESERVED = 3,
+	IOMMU_LIVEUPDATE_BACKING_STALE = 4,
+	IOMMU_LIVEUPDATE_BACKING_LOST = 5,
+	IOMMU_LIVEUPDATE_OBJECT = 6,
+	IOMMU_LIVEUPDATE_FAULT_CAPABLE = 7,
+	IOMMU_LIVEUPDATE_PASID = 8,
+	IOMMU_LIVEUPDATE_ACCESS = 9,
+	IOMMU_LIVEUPDATE_DIRTY_TRACKING = 10,
+	IOMMU_LIVEUPDATE_GROUP = 11,
+	IOMMU_LIVEUPDATE_DEVICE_VF = 12,
+	IOMMU_LIVEUPDATE_DEVICE_ATS = 13,
+	IOMMU_LIVEUPDATE_DEVICE_TYPE = 14,
+	IOMMU_LIVEUPDATE_DEVICE_NOT_PRESERVED = 15,
+	IOMMU_LIVEUPDATE_DRIVER = 16,
+	IOMMU_LIVEUPDATE_SW_MSI = 17,
+	IOMMU_LIVEUPDATE_COMPAT = 18,
+	IOMMU_LIVEUPDATE_MEMORY = 19,
+	IOMMU_LIVEUPDATE_CHANGED = 20,
+	IOMMU_LIVEUPDATE_NOT_EQUAL = 21,
+};
+
+/**
+ * struct iommu_liveupdate_status - ioctl(IOMMU_LIVEUPDATE_STATUS)
+ * @size: sizeof(struct iommu_liveupdate_status)
+ * @flags: Must be 0
+ * @out_state: One of enum iommu_liveupdate_state
+ * @out_reason: One of enum iommu_liveupdate_reason: what kept the context from
+ *              being preserved when it was tried last, or from being frozen, or
+ *              a device from being moved to another page table
+ * @out_object_type: One of enum iommu_object_type: the object that @out_reason
+ *                   is about
+ * @out_object_id: Its id, 0 if there is none
+ * @out_iova: The first IOVA that @out_reason is about
+ * @out_length: The length in bytes of what @out_reason is about, 0 if it is not
+ *              about a range
+ *
+ * Tell if the context is preserved for, or came from, another kernel. If it
+ * could not be preserved tell why: LIVEUPDATE_SESSION_PRESERVE_FD has only an
+ * errno.
+ */
+struct iommu_liveupdate_status {
+	__u32 size;
+	__u32 flags;
+	__u32 out_state;
+	__u32 out_reason;
+	__u32 out_object_type;
+	__u32 out_object_id;
+	__aligned_u64 out_iova;
+	__aligned_u64 out_length;
+};
+
+#define IOMMU_LIVEUPDATE_STATUS \
+	_IO(IOMMUFD_TYPE, IOMMUFD_CMD_LIVEUPDATE_STATUS)
+
+/**
+ * struct iommu_hwpt_run - A piece of translation, see IOMMU_HWPT_READ
+ * @iova: First IOVA
+ * @length: Length in bytes
+ * @phys: Physical address that @iova translates to, the rest follows
+ * @flags: IOMMU_IOAS_MAP_READABLE, IOMMU_IOAS_MAP_WRITEABLE
+ * @__reserved: 0
+ */
+struct iommu_hwpt_run {
+	__aligned_u64 iova;
+	__aligned_u64 length;
+	__aligned_u64 phys;
+	__u32 flags;
+	__u32 __reserved;
+};
+
+/**
+ * struct iommu_hwpt_read - ioctl(IOMMU_HWPT_READ)
+ * @size: sizeof(struct iommu_hwpt_read)
+ * @flags: Must be 0
+ * @hwpt_id: A HWPT_PAGING or a HWPT_FROZEN
+ * @num: Input the number of elements of @runs, output the number filled in
+ * @iova: First IOVA to look at
+ * @last_iova: Last IOVA to look at
+ * @runs: Pointer to an array of struct iommu_hwpt_run
+ * @entry_size: sizeof(struct iommu_hwpt_run)
+ * @__reserved: Must be 0
+ *
+ * Read what a page table translates a range to, lowest IOVA first. Pieces that
+ * continue each other are reported as one, cut at the borders of the range. If
+ * all elements are filled in there may be more, to be read from behind the last
+ * element on.
+ *
+ * Requires CAP_SYS_RAWIO.
+ */
+struct iommu_hwpt_read {
+	__u32 size;
+	__u32 flags;
+	__u32 hwpt_id;
+	__u32 num;
+	__aligned_u64 iova;
+	__aligned_u64 last_iova;
+	__aligned_u64 runs;
+	__u32 entry_size;
+	__u32 __reserved;
+};
+
+#define IOMMU_HWPT_READ _IO(IOMMUFD_TYPE, IOMMUFD_CMD_HWPT_READ)
+
+/**
+ * struct iommu_object_entry - An object of a context, see IOMMU_LIST_OBJECTS
+ * @id: The object's id
+ * @type: One of enum iommu_object_type
+ * @ref_id: Id of the object that this one depends on, 0 if there is none: the
+ *     HWPT that a device is attached to without PASID, the IOAS of a
+ *     HWPT_PAGING, the HWPT_PAGING of a HWPT_NESTED and of a virtual IOMMU, the
+ *     IOAS of an access, the virtual IOMMU of everything that belongs to one
+ * @old_id: The id that a HWPT_FROZEN had in the previous kernel, else 0
+ */
+struct iommu_object_entry {
+	__u32 id;
+	__u32 type;
+	__u32 ref_id;
+	__u32 old_id;
+};
+
+/**
+ * struct iommu_list_objects - ioctl(IOMMU_LIST_OBJECTS)
+ * @size: sizeof(struct iommu_list_objects)
+ * @flags: Must be 0
+ * @generation: Input 0, or what an earlier call returned. Output changes whenever
+ *              an object or an attachment does
+ * @entries: Pointer to an array of struct iommu_object_entry
+ * @num: Input the number of elements of @entries, output the number filled in
+ * @entry_size: sizeof(struct iommu_object_entry)
+ * @cursor: Input the lowest id to report, 0 for all. Output the value to go on
+ *          with, 0 if there is nothing more
+ * @__reserved: Must be 0
+ *
+ * List the objects of a context by ascending id. Return -EAGAIN if @generation
+ * is not 0 and something has changed since then, so that what was read before
+ * would not fit to what is read now.
+ */
+struct iommu_list_objects {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 generation;
+	__aligned_u64 entries;
+	__u32 num;
+	__u32 entry_size;
+	__u32 cursor;
+	__u32 __reserved;
+};
+
+#define IOMMU_LIST_OBJECTS _IO(IOMMUFD_TYPE, IOMMUFD_CMD_LIST_OBJECTS)
+
+/**
+ * enum iommu_hwpt_info_flags - See struct iommu_hwpt_info
+ * @IOMMU_HWPT_INFO_AUTO: Allocated by attaching a device to an IOAS
+ * @IOMMU_HWPT_INFO_NEST_PARENT: IOMMU_HWPT_ALLOC_NEST_PARENT was given
+ * @IOMMU_HWPT_INFO_DIRTY: IOMMU_HWPT_ALLOC_DIRTY_TRACKING was given, or the
+ *                         driver always allows for it
+ * @IOMMU_HWPT_INFO_DIRTY_TRACKING: Dirty tracking is on
+ * @IOMMU_HWPT_INFO_ENFORCE_CC: All DMA is cache coherent
+ * @IOMMU_HWPT_INFO_PASID: IOMMU_HWPT_ALLOC_PASID was given
+ * @IOMMU_HWPT_INFO_FAULT: There is a fault queue
+ * @IOMMU_HWPT_INFO_NOIOMMU: The page table is for software only
+ */
+enum iommu_hwpt_info_flags {
+	IOMMU_HWPT_INFO_AUTO = 1 << 0,
+	IOMMU_HWPT_INFO_NEST_PARENT = 1 << 1,
+	IOMMU_HWPT_INFO_DIRTY = 1 << 2,
+	IOMMU_HWPT_INFO_DIRTY_TRACKING = 1 << 3,
+	IOMMU_HWPT_INFO_ENFORCE_CC = 1 << 4,
+	IOMMU_HWPT_INFO_PASID = 1 << 5,
+	IOMMU_HWPT_INFO_FAULT = 1 << 6,
+	IOMMU_HWPT_INFO_NOIOMMU = 1 << 7,
+};
+
+/**
+ * struct iommu_hwpt_info - ioctl(IOMMU_GET_HWPT_INFO)
+ * @size: sizeof(struct iommu_hwpt_info)
+ * @flags: Must be 0
+ * @hwpt_id: The HWPT to look at
+ * @out_type: Its type, one of enum iommu_object_type
+ * @out_flags: Combination of enum iommu_hwpt_info_flags
+ * @out_ioas_id: The IOAS of a HWPT_PAGING, else 0
+ * @out_parent_id: The HWPT_PAGING or virtual IOMMU of a HWPT_NESTED, else 0
+ * @out_fault_id: The fault queue, 0 if there is none
+ * @out_old_id: The id that a HWPT_FROZEN had in the previous kernel, else 0
+ * @out_old_ioas_id: The id that the IOAS of a HWPT_FROZEN had in the previous
+ *                   kernel, else 0
+ * @out_format: The format of the page table, 0 if it is not known: 1 AMD v1, 2
+ *              Intel VT-d second stage, 3 x86 64-bit, 4 RISC-V, 5 for tests
+ * @out_top_level: Level of the top table, 0 being that of the smallest pages.
+ *                 Only if the format is known
+ * @out_page_sizes: Bit n is set if pages of 2^n bytes are possible
+ * @out_first_iova: The first IOVA that can be mapped
+ * @out_last_iova: The last IOVA that can be mapped
+ *
+ * Tell about a HWPT what is needed to make one like it.
+ */
+struct iommu_hwpt_info {
+	__u32 size;
+	__u32 flags;
+	__u32 hwpt_id;
+	__u32 out_type;
+	__u32 out_flags;
+	__u32 out_ioas_id;
+	__u32 out_parent_id;
+	__u32 out_fault_id;
+	__u32 out_old_id;
+	__u32 out_old_ioas_id;
+	__u32 out_format;
+	__u32 out_top_level;
+	__aligned_u64 out_page_sizes;
+	__aligned_u64 out_first_iova;
+	__aligned_u64 out_last_iova;
+};
+
+#define IOMMU_GET_HWPT_INFO _IO(IOMMUFD_TYPE, IOMMUFD_CMD_GET_HWPT_INFO)
+
+/**
+ * enum iommu_device_info_flags - See struct iommu_device_info
+ * @IOMMU_DEVICE_INFO_NOIOMMU: There is no IOMMU for the device
+ * @IOMMU_DEVICE_INFO_PRESERVED: The device is preserved for the next kernel
+ */
+enum iommu_device_info_flags {
+	IOMMU_DEVICE_INFO_NOIOMMU = 1 << 0,
+	IOMMU_DEVICE_INFO_PRESERVED = 1 << 1,
+};
+
+/**
+ * struct iommu_device_attachment - See struct iommu_device_info
+ * @pasid: The PASID, 0 for DMA without PASID
+ * @hwpt_id: The HWPT that is attached
+ */
+struct iommu_device_attachment {
+	__u32 pasid;
+	__u32 hwpt_id;
+};
+
+/**
+ * struct iommu_device_info - ioctl(IOMMU_GET_DEVICE_INFO)
+ * @size: sizeof(struct iommu_device_info)
+ * @flags: Must be 0
+ * @dev_id: The device to look at
+ * @out_flags: Combination of enum iommu_device_info_flags
+ * @out_group_id: The IOMMU group, -1 if there is none
+ * @name_len: Input the size of the buffer for the name, output the size of the
+ *            name, including the terminating 0. The name is cut to the buffer
+ * @name: Pointer to a buffer for the name of the device, as in sysfs: bus and
+ *        name, with a slash between
+ * @attachments: Pointer to an array of struct iommu_device_attachment
+ * @num_attachments: Input the number of elements of @attachments, output the
+ *                   number of attachments there are
+ * @entry_size: sizeof(struct iommu_device_attachment)
+ *
+ * Tell about a device that is bound.
+ */
+struct iommu_device_info {
+	__u32 size;
+	__u32 flags;
+	__u32 dev_id;
+	__u32 out_flags;
+	__s32 out_group_id;
+	__u32 name_len;
+	__aligned_u64 name;
+	__aligned_u64 attachments;
+	__u32 num_attachments;
+	__u32 entry_size;
+};
+
+#define IOMMU_GET_DEVICE_INFO _IO(IOMMUFD_TYPE, IOMMUFD_CMD_GET_DEVICE_INFO)
+
+/**
+ * enum iommu_area_backing - What is mapped
+ * @IOMMU_AREA_USER: User memory, by address
+ * @IOMMU_AREA_FILE: A memfd
+ * @IOMMU_AREA_DMABUF: A DMABUF
+ */
+enum iommu_area_backing {
+	IOMMU_AREA_USER = 0,
+	IOMMU_AREA_FILE = 1,
+	IOMMU_AREA_DMABUF = 2,
+};
+
+/**
+ * enum iommu_area_flags - See struct iommu_ioas_area
+ * @IOMMU_AREA_READABLE: IOMMU_IOAS_MAP_READABLE was given
+ * @IOMMU_AREA_WRITEABLE: IOMMU_IOAS_MAP_WRITEABLE was given
+ * @IOMMU_AREA_MATCH: The backing is the fd that was asked for
+ * @IOMMU_AREA_OFFSET_VALID: The offset is valid
+ * @IOMMU_AREA_ACCESSED: There are pages in use by an access
+ */
+enum iommu_area_flags {
+	IOMMU_AREA_READABLE = 1 << 0,
+	IOMMU_AREA_WRITEABLE = 1 << 1,
+	IOMMU_AREA_MATCH = 1 << 2,
+	IOMMU_AREA_OFFSET_VALID = 1 << 3,
+	IOMMU_AREA_ACCESSED = 1 << 4,
+};
+
+/**
+ * struct iommu_ioas_area - A mapping, see IOMMU_IOAS_LIST_AREAS
+ * @iova: First IOVA
+ * @length: Length in bytes
+ * @offset: If IOMMU_AREA_OFFSET_VALID is set: the offset of @iova in the file, or
+ *          the user address that @iova maps. A user address is told only to the
+ *          process it belongs to
+ * @flags: Combination of enum iommu_area_flags
+ * @backing: One of enum iommu_area_backing
+ */
+struct iommu_ioas_area {
+	__aligned_u64 iova;
+	__aligned_u64 length;
+	__aligned_u64 offset;
+	__u32 flags;
+	__u32 backing;
+};
+
+/**
+ * enum iommu_ioas_list_areas_flags - Flags for IOMMU_IOAS_LIST_AREAS
+ * @IOMMU_IOAS_LIST_AREAS_FD: fd is valid
+ */
+enum iommu_ioas_list_areas_flags {
+	IOMMU_IOAS_LIST_AREAS_FD = 1 << 0,
+};
+
+/**
+ * struct iommu_ioas_list_areas - ioctl(IOMMU_IOAS_LIST_AREAS)
+ * @size: sizeof(struct iommu_ioas_list_areas)
+ * @flags: Combination of enum iommu_ioas_list_areas_flags
+ * @generation: Input 0, or what an earlier call returned. Output changes whenever
+ *              a mapping does
+ * @cursor: Input the first IOVA to look at, output the IOVA to go on with
+ * @entries: Pointer to an array of struct iommu_ioas_area
+ * @ioas_id: The IOAS to look at
+ * @num: Input the number of elements of @entries, output the number filled in.
+ *       If it is less than on input there is nothing more
+ * @entry_size: sizeof(struct iommu_ioas_area)
+ * @fd: If IOMMU_IOAS_LIST_AREAS_FD is set: mark the areas that map this file
+ *
+ * List the mappings of an IOAS by ascending IOVA. Return -EAGAIN if @generation
+ * is not 0 and a mapping has changed since then, so that what was read before
+ * would not fit to what is read now.
+ *
+ * Which file is mapped is not told. Who has the file can ask if it is.
+ */
+struct iommu_ioas_list_areas {
+	__u32 size;
+	__u32 flags;
+	__aligned_u64 generation;
+	__aligned_u64 cursor;
+	__aligned_u64 entries;
+	__u32 ioas_id;
+	__u32 num;
+	__u32 entry_size;
+	__s32 fd;
+};
+
+#define IOMMU_IOAS_LIST_AREAS _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_LIST_AREAS)
 #endif

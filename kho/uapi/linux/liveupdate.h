@@ -51,6 +51,7 @@ enum {
 	LIVEUPDATE_CMD_BASE = 0x00,
 	LIVEUPDATE_CMD_CREATE_SESSION = LIVEUPDATE_CMD_BASE,
 	LIVEUPDATE_CMD_RETRIEVE_SESSION = 0x01,
+	LIVEUPDATE_CMD_ABANDON_SESSION = 0x02,
 };
 
 /* ioctl commands for session file descriptors */
@@ -107,6 +108,11 @@ struct liveupdate_ioctl_create_session {
  * the sessions it needs to retrieve. If no session with the given name is
  * found, the ioctl will fail with -ENOENT.
  *
+ * If the kernel has no handler for one of the session's files, it asks for a
+ * module "liveupdate-<compatible string>". If there is none, the ioctl fails with
+ * -ENOPKG and nothing has changed: the session stays preserved and the ioctl can
+ * be repeated, or the session be abandoned by %LIVEUPDATE_IOCTL_ABANDON_SESSION.
+ *
  * This ioctl can only be called on the main /dev/liveupdate device when the
  * system is in the LIVEUPDATE_STATE_UPDATED state.
  */
@@ -118,6 +124,32 @@ struct liveupdate_ioctl_retrieve_session {
 
 #define LIVEUPDATE_IOCTL_RETRIEVE_SESSION \
 	_IO(LIVEUPDATE_IOCTL_TYPE, LIVEUPDATE_CMD_RETRIEVE_SESSION)
+
+/**
+ * struct liveupdate_ioctl_abandon_session - ioctl(LIVEUPDATE_IOCTL_ABANDON_SESSION)
+ * @size:  Input; sizeof(struct liveupdate_ioctl_abandon_session)
+ * @flags: Input; Must be zero. Reserved for future use.
+ * @name:  Input; A null-terminated string identifying a preserved session that
+ *         was not retrieved.
+ *
+ * Gives up everything that was preserved in a session. Devices in it are stopped,
+ * then its memory is freed. If the kernel does not know one of the session's files
+ * (see %LIVEUPDATE_IOCTL_RETRIEVE_SESSION), it cannot know what uses the session's
+ * memory, so that all of it stays reserved until the next reboot.
+ *
+ * This ioctl can only be called on the main /dev/liveupdate device.
+ *
+ * Return: 0 on success, -ENOENT if there is no such session, -EBUSY if it was
+ * retrieved: then closing its file descriptor gives it up.
+ */
+struct liveupdate_ioctl_abandon_session {
+	__u32		size;
+	__u32		flags;
+	__u8		name[LIVEUPDATE_SESSION_NAME_LENGTH];
+};
+
+#define LIVEUPDATE_IOCTL_ABANDON_SESSION \
+	_IO(LIVEUPDATE_IOCTL_TYPE, LIVEUPDATE_CMD_ABANDON_SESSION)
 
 /* Session specific IOCTLs */
 
@@ -158,7 +190,7 @@ struct liveupdate_session_preserve_fd {
  * struct liveupdate_session_retrieve_fd - ioctl(LIVEUPDATE_SESSION_RETRIEVE_FD)
  * @size:  Input; sizeof(struct liveupdate_session_retrieve_fd)
  * @fd:    Output; The new file descriptor representing the fully restored
- *         kernel resource.
+ *         kernel resource, or the preserved file itself before the live update.
  * @token: Input; An opaque, token that was used to preserve the resource.
  *
  * Retrieve a previously preserved file descriptor.
@@ -172,6 +204,13 @@ struct liveupdate_session_preserve_fd {
  * %LIVEUPDATE_IOCTL_FINISH. If a retrieve of a token fails, subsequent
  * attempts to retrieve the token fail with the same error code. Failed
  * retrieves are not retried.
+ *
+ * On a session that was created in the running kernel and has not been carried
+ * over yet, the operation returns a new file descriptor for the very file that
+ * was preserved under @token. Nothing is restored and the file stays preserved.
+ * An agent that was restarted and got only the session's file descriptor back
+ * can so reach the files in it, for example to clean up before it abandons the
+ * live update by closing the session. Kernels that lack this fail with EINVAL.
  *
  * Return: 0 on success, negative error code on failure (e.g., invalid token).
  */

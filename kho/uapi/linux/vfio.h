@@ -963,6 +963,11 @@ struct vfio_device_bind_iommufd {
  * currently attached hwpt of the device or the pasid of this device with a new
  * hwpt corresponding to the given pt_id.
  *
+ * With VFIO_DEVICE_ATTACH_MUST_EQUAL only such a replacement is possible, and only
+ * if the new hwpt translates exactly as the current one does, which the kernel
+ * makes sure of while it switches. It fails with -EBADE otherwise. This is what
+ * a device needs that goes on with DMA meanwhile.
+ *
  * Return: 0 on success, -errno on failure.
  *
  * When a device is resetting, -EBUSY will be returned to reject any concurrent
@@ -973,6 +978,7 @@ struct vfio_device_attach_iommufd_pt {
 	__u32	argsz;
 	__u32	flags;
 #define VFIO_DEVICE_ATTACH_PASID	(1 << 0)
+#define VFIO_DEVICE_ATTACH_MUST_EQUAL	(1 << 1)
 	__u32	pt_id;
 	__u32	pasid;
 };
@@ -1555,6 +1561,29 @@ struct vfio_device_feature_zpci_err {
 
 #define VFIO_DEVICE_FEATURE_ZPCI_ERROR 13
 
+/**
+ * VFIO_DEVICE_FEATURE_LIVEUPDATE
+ *
+ * Upon VFIO_DEVICE_FEATURE_SET, say how the device is to be treated when its file
+ * is preserved over a live update by LIVEUPDATE_SESSION_PRESERVE_FD. Without it
+ * all fields are 0. Fails with EBUSY while the device is preserved.
+ *
+ * @flags: VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ: The user of the device knows how to
+ *	   go on when interrupts get lost between the two kernels. INTx and MSI,
+ *	   other than MSI-X, are not kept pending by the device, so that without
+ *	   this flag a live update of a device that uses one of them is refused.
+ * @deadline_ms: How long the next kernel leaves the device running when nobody
+ *		 retrieves its file, in milliseconds since it has found the device.
+ *		 Then bus mastering is turned off. 0 for the kernel's default.
+ */
+struct vfio_device_feature_liveupdate {
+	__u32 flags;
+#define VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ	(1 << 0)
+	__u32 deadline_ms;
+};
+
+#define VFIO_DEVICE_FEATURE_LIVEUPDATE 14
+
 /* -------- API for Type1 VFIO IOMMU -------- */
 
 /**
@@ -1667,7 +1696,7 @@ struct vfio_iommu_type1_dma_map {
 struct vfio_bitmap {
 	__u64        pgsize;	/* page size for bitmap in bytes */
 	__u64        size;	/* in bytes */
-	__u64 __user *data;	/* one bit per page */
+	__u64 *data;	/* one bit per page */
 };
 
 /**

@@ -215,13 +215,13 @@ def prepare() -> None:
 
 # --- the build ------------------------------------------------------------------
 
-def fragments(config: str) -> list:
+def fragments(config: str, unpatched=False) -> list:
     path = CONFIGS / f"{config}.config"
     if not path.exists():
         raise LabError(f"no kernel configuration named {config}; there are {', '.join(NAMES)}, "
                        f"or put tests/lab/config/{config}.config there")
-    common = CONFIGS / "common.config"
-    return [common, path]
+    series = [] if unpatched else [CONFIGS / "series.config"]
+    return [CONFIGS / "common.config", *series, path]
 
 
 def check_config(dotconfig: Path, frags: list) -> None:
@@ -250,7 +250,7 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
 
     @release is appended to the version, so that two builds can be told apart.
     """
-    frags = fragments(config)
+    frags = fragments(config, unpatched)
     names = [] if unpatched else patches()
     for tool in ("gcc", "make", "flex", "bison", "bc"):
         need_program(tool)

@@ -28,6 +28,9 @@ DEVICES = {
     "edu": ("edu", False, False, False),
 }
 
+# The first device's root port is 00:10.0, and the bus below it 01, the next 00:11.0 and 02.
+FIRST_PORT = 0x10
+
 
 def profile(name: str):
     if name not in PROFILES:
@@ -48,7 +51,8 @@ def device_args(kinds, netdevs, disks):
         dev, net, disk, port = DEVICES[kind]
         bus = ""
         if port:
-            args += ["-device", f"pcie-root-port,id=rp{i},slot={i + 1},chassis={i + 1},bus=pcie.0"]
+            args += ["-device", f"pcie-root-port,id=rp{i},slot={i + 1},chassis={i + 1},bus=pcie.0,"
+                     f"addr={FIRST_PORT + i:#x}"]
             bus = f",bus=rp{i}"
         dev += f",id=dev{i}{bus}"
         if net:

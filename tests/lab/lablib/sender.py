@@ -48,7 +48,12 @@ def send(fd: int, rate: float, log: str, limit: int) -> None:
             now = time.monotonic_ns()
             # Written down before it is sent: a packet is never seen that was not recorded.
             f.write(RECORD.pack(number, now))
-            os.write(fd, frame(number, now))
+            try:
+                os.write(fd, frame(number, now))
+            except (ConnectionError, BrokenPipeError):
+                # The machine is off: this one was not sent.
+                f.truncate(number * RECORD.size)
+                break
             number += 1
 
 
