@@ -769,6 +769,32 @@ static void again(int stage, bool irq, bool fill)
 
 /* Modes: what is tried instead of the plain run. */
 
+/*
+ * The control: memory alone is preserved, as on an unpatched kernel. The packets
+ * that did not land are what everything else here is for.
+ */
+static void mode_control(int stage)
+{
+	if (stage == 1) {
+		load_kernel(2, 0, "");
+		create_session("dma");
+		must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+		run_for(0.5);
+		do_kexec();
+		die("kexec");
+	}
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	map_mem();
+	say("BLACKOUT packets=%llu next_seq=%llu", (unsigned long long)consume(false),
+	    (unsigned long long)st->expect);
+	say("STOP");
+	sleep(1);
+	report();
+	power_off();
+}
+
 /* Preserve, then abort: the device goes on as if nothing had happened. */
 static void mode_abort(void)
 {
@@ -912,10 +938,14 @@ int main(void)
 	if (stage == 1) {
 		first(irq);
 		run_for(2);
+		if (!strcmp(mode, "control"))
+			mode_control(stage);
 		if (!strcmp(mode, "abort"))
 			mode_abort();
 		if (!strcmp(mode, "freezefail"))
 			mode_freezefail();
+	} else if (!strcmp(mode, "control")) {
+		mode_control(stage);
 	} else if (!strcmp(mode, "noretrieve")) {
 		/* Finish without retrieving: the device has to be stopped. */
 		retrieve_session("dma");

@@ -160,6 +160,26 @@ def quiesced_at_the_deadline(ctx):
     quiesced(ctx, "deadline")
 
 
+def control(ctx, **kw):
+    """Without the device preserved, DMA ends with the kernel, and the packets are lost."""
+    run = Run(ctx, mode="control", **kw)
+    got, (begin, end) = run.result(), run.blackouts()[0]
+    lost, late = len(run.sent) - got["received"], run.dma(begin + 0.5, end)
+    expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
+    expect(not late, f"{late} packets landed well after the kexec began")
+    ctx.figure("lost", f"{lost} of {len(run.sent)}")
+
+
+@test()
+def control_packets_are_lost_if_only_memory_is_preserved(ctx):
+    control(ctx)
+
+
+@test(part="dma", kernels=(("minimal", True, ""),))
+def control_packets_are_lost_on_the_unpatched_kernel(ctx):
+    control(ctx, kernel=ctx.kernel(unpatched=True))
+
+
 @test(part="dma")
 def dma_through_twenty_kexecs(ctx):
     Run(ctx, kexecs=20, rate=1000, options="dma.fill=1 dma.irq=1", timeout=900).nothing_lost(ctx, 20)
