@@ -5,7 +5,9 @@
 #include <kho/client.h>
 #include <kho/error.h>
 #include <kho/image.h>
+#include <kho/iommufd.h>
 #include <kho/luo.h>
 #include <kho/ops.h>
+#include <kho/vfio.h>
 
 #endif

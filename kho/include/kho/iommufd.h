@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KHO_IOMMUFD_H
+#define KHO_IOMMUFD_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <kho/error.h>
+#include <kho/ops.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/*
+ * The ioctls of an iommufd that a workload needs to set up its mappings, and to set
+ * them up again after a kexec: one function each, nothing remembered. What the calls
+ * mean is told by the kernel's Documentation/userspace-api/iommufd.rst.
+ */
+
+/** KHO_IOMMUFD_DEVICE - where a new context is opened */
+#define KHO_IOMMUFD_DEVICE "/dev/iommu"
+
+/**
+ * kho_iommufd_open() - a new, empty context
+ * @kho: handle
+ * @err: error
+ *
+ * Return: its descriptor, owned by the caller; -ENOENT (no iommufd), -errno.
+ */
+int kho_iommufd_open(struct kho *kho, struct kho_error **err);
+
+/**
+ * kho_iommufd_ioas_alloc() - a new, empty IOAS
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @ioas_id: receives its id
+ * @err: error
+ *
+ * Return: 0; -EBUSY (the context is preserved), -errno.
+ */
+int kho_iommufd_ioas_alloc(struct kho *kho, int iommufd, uint32_t *ioas_id,
+			   struct kho_error **err);
+
+/**
+ * kho_iommufd_map_file() - map a piece of a memfd at a fixed IOVA, for reading and writing
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @ioas_id: the IOAS
+ * @memfd: the memfd, borrowed; the mapping holds its pages, pinned
+ * @offset: in the memfd, bytes
+ * @length: bytes
+ * @iova: where
+ * @err: error
+ *
+ * Return: 0; -EBUSY (the context is preserved), -EEXIST (something is mapped there), -errno.
+ */
+int kho_iommufd_map_file(struct kho *kho, int iommufd, uint32_t ioas_id, int memfd,
+			 uint64_t offset, uint64_t length, uint64_t iova, struct kho_error **err);
+
+/**
+ * kho_iommufd_noiommu_pa() - the physical address behind an IOVA, for a device without an IOMMU
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @ioas_id: the IOAS, used by a no-IOMMU device
+ * @iova: the IOVA
+ * @pa: receives the physical address
+ * @err: error
+ *
+ * Good for one page of 4096 bytes: the next may be anywhere.
+ * Return: 0, -ENOENT (not mapped), -errno.
+ */
+int kho_iommufd_noiommu_pa(struct kho *kho, int iommufd, uint32_t ioas_id, uint64_t iova,
+			   uint64_t *pa, struct kho_error **err);
+
+/**
+ * kho_iommufd_destroy() - destroy an object of a context
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @id: the object
+ * @err: error
+ *
+ * Return: 0, -ENOENT, -EBUSY (in use, or the context is preserved), -errno.
+ */
+int kho_iommufd_destroy(struct kho *kho, int iommufd, uint32_t id, struct kho_error **err);
+
+enum kho_iommufd_type {
+	KHO_IOMMUFD_OTHER = 0,
+	KHO_IOMMUFD_IOAS,
+	KHO_IOMMUFD_HWPT_FROZEN,	/* a page table of the previous kernel */
+};
+
+/**
+ * kho_iommufd_next() - enumerate the objects of a context by ascending id
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @after: an id, 0 for the first object
+ * @id: receives the id of the next object
+ * @type: receives its type
+ * @err: error
+ *
+ * Return: 1, 0 (there is no further one), -ENOTTY (an older kernel), -errno.
+ */
+int kho_iommufd_next(struct kho *kho, int iommufd, uint32_t after, uint32_t *id,
+		     enum kho_iommufd_type *type, struct kho_error **err);
+
+/**
+ * kho_iommufd_is_context() - is this descriptor an iommufd of a kernel with live update?
+ * @kho: handle
+ * @fd: any descriptor, borrowed
+ *
+ * Asks by IOMMU_LIVEUPDATE_STATUS, which changes nothing.
+ */
+bool kho_iommufd_is_context(struct kho *kho, int fd);
+
+/**
+ * kho_iommufd_obstacle() - why could a context not be preserved, or a device not be moved?
+ * @kho: handle
+ * @iommufd: the context, borrowed
+ * @err: receives a cause with the reason the kernel gives, the object and the IOVA;
+ *	untouched if the kernel gives none
+ *
+ * Return: 1 if there was a reason, 0 if not, -errno.
+ */
+int kho_iommufd_obstacle(struct kho *kho, int iommufd, struct kho_error **err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#ifndef KHO_VFIO_H
+#define KHO_VFIO_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <kho/error.h>
+#include <kho/ops.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The ioctls of a VFIO device's cdev that tie it to an iommufd; see <kho/iommufd.h>. */
+
+/**
+ * kho_vfio_open() - open a device
+ * @kho: handle
+ * @path: its node below /dev/vfio/devices
+ * @err: error
+ *
+ * Return: its descriptor, owned by the caller; the last close stops and resets the
+ * device. -EBUSY (it came from the previous kernel: retrieve it, do not open it), -errno.
+ */
+int kho_vfio_open(struct kho *kho, const char *path, struct kho_error **err);
+
+/**
+ * kho_vfio_bind() - bind a device to a context
+ * @kho: handle
+ * @dev: the device, borrowed
+ * @iommufd: the context, borrowed
+ * @err: error
+ *
+ * A device that was carried over a kexec has to be bound to the context that was
+ * carried over with it, and is attached to its frozen HWPT from then on.
+ * Return: 0, -EINVAL (bound already), -EBUSY (another context), -errno.
+ */
+int kho_vfio_bind(struct kho *kho, int dev, int iommufd, struct kho_error **err);
+
+/**
+ * kho_vfio_attach() - attach a device to an IOAS or HWPT, in place of what it is attached to
+ * @kho: handle
+ * @dev: the device, borrowed, bound
+ * @pt_id: the IOAS or HWPT
+ * @must_equal: only replace, and only by the very same translations
+ * @err: error
+ *
+ * Return: 0, -EBADE (not equal), -EBUSY (the device is preserved), -errno.
+ */
+int kho_vfio_attach(struct kho *kho, int dev, uint32_t pt_id, bool must_equal,
+		    struct kho_error **err);
+
+/**
+ * kho_vfio_region() - where a region of a device is in its descriptor
+ * @kho: handle
+ * @dev: the device, borrowed, bound
+ * @index: VFIO_PCI_BAR0_REGION_INDEX etc.
+ * @offset: receives the offset for mmap(2) and pread(2)
+ * @size: receives its bytes
+ * @err: error
+ *
+ * Return: 0 or -errno.
+ */
+int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, uint64_t *size,
+		    struct kho_error **err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

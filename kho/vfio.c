@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#include <fcntl.h>
+#include <inttypes.h>
+#include <string.h>
+
+/* The host's linux/stddef.h may be older than the tree's vfio.h. */
+#ifndef __counted_by
+#define __counted_by(m)
+#endif
+#include <linux/vfio.h>
+
+#include "util.h"
+
+int kho_vfio_open(struct kho *kho, const char *path, struct kho_error **err)
+{
+	int fd = kho_op(kho, open, path, O_RDWR | O_CLOEXEC);
+
+	if (fd < 0)
+		return kho_error_new(err, fd, path, "open: %s", strerror(-fd));
+	return fd;
+}
+
+int kho_vfio_bind(struct kho *kho, int dev, int iommufd, struct kho_error **err)
+{
+	struct vfio_device_bind_iommufd arg = { .argsz = sizeof(arg), .iommufd = iommufd };
+	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_BIND_IOMMUFD, &arg);
+
+	if (r < 0)
+		return kho_error_new(err, r, NULL, "cannot bind the device: %s", strerror(-r));
+	return 0;
+}
+
+int kho_vfio_attach(struct kho *kho, int dev, uint32_t pt_id, bool must_equal,
+		    struct kho_error **err)
+{
+	struct vfio_device_attach_iommufd_pt arg = {
+		.argsz = sizeof(arg),
+		.flags = must_equal ? VFIO_DEVICE_ATTACH_MUST_EQUAL : 0,
+		.pt_id = pt_id,
+	};
+	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &arg);
+
+	if (r < 0)
+		return kho_error_new(err, r, NULL, "cannot attach the device to %" PRIu32 ": %s", pt_id,
+				     r == -EBADE ? "it does not translate as the current one does" :
+						   strerror(-r));
+	return 0;
+}
+
+int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, uint64_t *size,
+		    struct kho_error **err)
+{
+	struct vfio_region_info arg = { .argsz = sizeof(arg), .index = index };
+	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_GET_REGION_INFO, &arg);
+
+	if (r < 0)
+		return kho_error_new(err, r, NULL, "no information on region %" PRIu32 ": %s", index,
+				     strerror(-r));
+	*offset = arg.offset;
+	*size = arg.size;
+	return 0;
+}
