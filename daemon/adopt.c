@@ -35,6 +35,20 @@
  * and then that one, incoming now and without an image, has it. So every file is looked
  * for in both places. What does get lost: an incoming session at the next kexec if khod
  * has not run at all in between, because the kernel carries outgoing sessions only.
+ *
+ * A workload with devices is *not* moved. Its devices do DMA under their frozen HWPTs, and
+ * an incoming session cannot be finished before each of them has been bound to its context
+ * and moved to an HWPT of this kernel. As long as khod leaves that to the client, the
+ * session stays incoming, with everything in it, until it is claimed (workload.c).
+ *
+ * What is missing, and what that means:
+ *  - khod does not rebuild IOAS and HWPT and does not replace by itself: DMA of a workload
+ *    that nobody claims stays under the frozen tables. It goes on unharmed, the memory
+ *    under it is held by the kernel.
+ *  - A second kexec before the claim does not carry it: the kernel stops its devices (bus
+ *    mastering off) on the way down. `khoctl preflight` refuses because of it.
+ *  - There is no PREPARE: a client registers when it has its devices set up, and can
+ *    change no mapping from then on.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -591,6 +605,26 @@ static int discard(struct khod *k, struct group *g, struct kho_error **err)
 	return 0;
 }
 
+/* With devices: it stays where it is, until its client has it under control. */
+static int leave_incoming(struct khod *k, struct group *g, struct kho_error **err)
+{
+	struct workload *w = g->w;
+
+	/* Only registered ones get here, so one session has all of it. */
+	if (g->n_sessions != 1 || g->sessions[0].outgoing || g->n_transits > 0)
+		return kho_error_new(err, EBUSY, w->name,
+				     "there is more than the one session that a workload with devices has");
+	w->session = g->sessions[0].fd;
+	snprintf(w->session_name, sizeof(w->session_name), "%s", g->sessions[0].name);
+	w->incoming = true;
+	w->state = WORKLOAD_INCOMING;
+	log_event(LOG_INFO, MSG_CARRIED, w->name,
+		  "Workload %s was carried into this kernel (handover %" PRIu32 ") with its devices: %zu files, %" PRIu64 " bytes, waiting for its client in session %s.",
+		  w->name, workload_handovers(w), workload_n_files(w), workload_bytes(w),
+		  w->session_name);
+	return 0;
+}
+
 /* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
 static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 {
@@ -634,6 +668,10 @@ static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 	}
 	if (r < 0)
 		return r;
+	if (kho_image_has_devices(g->w->image)) {
+		kho_close(k->kho, image_fd);
+		return leave_incoming(k, g, err);
+	}
 	r = transfer(k, g, image_fd, target, err);
 	kho_close(k->kho, image_fd);
 	if (r < 0)

@@ -26,8 +26,9 @@
 
 enum workload_state {
 	WORKLOAD_HELD,		/* committed in an outgoing session */
-	WORKLOAD_CLAIMING,	/* held, descriptors sent, no acknowledgement yet */
+	WORKLOAD_CLAIMING,	/* descriptors sent; not acknowledged, or not finished yet */
 	WORKLOAD_UNREADABLE,	/* held, but image and files come back only after a kexec */
+	WORKLOAD_INCOMING,	/* with devices, in the session of the previous kernel */
 	WORKLOAD_FAILED,	/* see reason */
 };
 
@@ -41,9 +42,11 @@ struct stored {
  * struct workload - one workload in custody
  * @next: list
  * @name: its name
- * @session_name: of its outgoing session, "" if it failed without one
- * @session: the outgoing session, owned; -1 if none
+ * @session_name: of its session, "" if it failed without one
+ * @session: its session, owned; -1 if none. Outgoing, but incoming in WORKLOAD_INCOMING
+ *	and while such a one is claimed
  * @state: where it stands
+ * @incoming: its session is one of the previous kernel, in whatever state it is
  * @reason: for a failed one: why; for others NULL
  * @image: what is known; NULL if it cannot be read
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
@@ -56,6 +59,7 @@ struct workload {
 	char session_name[KHO_LUO_NAME_MAX];
 	int session;
 	enum workload_state state;
+	bool incoming;
 	char *reason;
 	struct kho_image *image;
 	int *fds;
@@ -126,6 +130,18 @@ bool workload_visible(const struct workload *w, const struct identity *who);
  * Return: 0, -EOPNOTSUPP (not before the kexec), -errno.
  */
 int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho_error **err);
+
+/** workload_handovers() - kernels it was carried into, this one included */
+uint32_t workload_handovers(const struct workload *w);
+
+/**
+ * workload_finish() - is a claimed workload with devices under its client's control?
+ *
+ * The kernel decides: it finishes an incoming session only when each device is bound,
+ * and attached to something else than its frozen HWPT. May be asked at any time.
+ * Return: 0: custody has ended and @w is freed; -EBUSY: not yet; -errno.
+ */
+int workload_finish(struct khod *k, struct workload *w, struct kho_error **err);
 
 enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED };
 /**

@@ -27,6 +27,7 @@
 #define SO_PEERPIDFD 77
 #endif
 
+#define FINISH_USEC 500000	/* between two questions whether a claim can be finished */
 #define QUEUE_MAX 64		/* packets waiting for a client that does not read */
 #define REPLY_SOFT_MAX 32768	/* bytes in one packet of a list */
 
@@ -57,6 +58,8 @@ struct connection {
 	bool closing;		/* when the queue is empty */
 	struct workload *claiming;
 	enum workload_state claiming_from;
+	bool acked;		/* an incoming one: waiting for the kernel to let it finish */
+	sd_event_source *finish_timer;
 	struct pending *pending;
 	struct packet *queue, **queue_tail;
 	unsigned int n_queue;
@@ -86,14 +89,53 @@ static void packet_free(struct khod *k, struct packet *p)
 	free(p);
 }
 
+/* An acknowledged claim of an incoming workload: does the kernel let it go now? */
+static void claim_finish(struct connection *c)
+{
+	struct kho_error *err = NULL;
+	struct workload *w = c->claiming;
+	char name[KHO_NAME_MAX + 1];
+	int r;
+
+	if (!w || !c->acked)
+		return;
+	strcpy(name, w->name);
+	r = workload_finish(c->k, w, &err);
+	if (r >= 0) {
+		c->claiming = NULL;
+		c->acked = false;
+		sd_event_source_disable_unref(c->finish_timer);
+		c->finish_timer = NULL;
+	} else if (r != -EBUSY) {
+		_cleanup_free_ char *text = kho_error_format(err, r);
+
+		log_limited(name, "Workload %s cannot be finished: %s.", name, text ? text : strerror(-r));
+	}
+	kho_error_free(err);
+}
+
+static int on_finish_timer(sd_event_source *s, uint64_t usec, void *userdata)
+{
+	struct connection *c = userdata;
+
+	claim_finish(c);
+	if (c->finish_timer) {
+		(void)sd_event_source_set_time_relative(s, FINISH_USEC);
+		(void)sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
+	}
+	return 0;
+}
+
 /* The claim did not end: the workload is what it was before. */
 static void claim_abandon(struct connection *c)
 {
+	claim_finish(c);
 	if (!c->claiming)
 		return;
 	log_event(LOG_NOTICE, NULL, c->claiming->name,
-		  "The client that claimed %s has gone without acknowledging; it stays in custody.",
-		  c->claiming->name);
+		  "The client that claimed %s has gone %s; it stays in custody.",
+		  c->claiming->name,
+		  c->acked ? "before it had control of all devices" : "without acknowledging");
 	c->claiming->state = c->claiming_from;
 	c->claiming = NULL;
 }
@@ -118,6 +160,7 @@ static void connection_free(struct connection *c)
 	}
 	sd_event_source_disable_unref(c->io);
 	sd_event_source_disable_unref(c->timer);
+	sd_event_source_disable_unref(c->finish_timer);
 	kho_close(k->kho, c->fd);
 	free(c);
 }
@@ -125,6 +168,7 @@ static void connection_free(struct connection *c)
 static void deadline(struct connection *c)
 {
 	unsigned int sec = !c->hello	? DEADLINE_HELLO :
+			   c->acked	? DEADLINE_IDLE :
 			   c->claiming	? DEADLINE_ACK :
 			   c->pending	? DEADLINE_REGISTER :
 					  DEADLINE_IDLE;
@@ -337,6 +381,11 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 	if (q->more)
 		return 0;
 
+	/* Claimed from a khod that died meanwhile? Then it may be in good hands by now. */
+	w = workload_find(c->k, p->name);
+	if (w && w->state == WORKLOAD_INCOMING)
+		(void)workload_finish(c->k, w, NULL);
+	w = NULL;
 	r = workload_register(c->k, p->name, &c->who, p->secret, p->secret_size, p->names, p->fds,
 			      p->n, &w, &err);
 	if (r < 0) {
@@ -430,7 +479,7 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 		body.files = infop;
 		body.n_files = now;
 		body.more = done + now < n;
-		body.handovers = kho_image_handovers(w->image);
+		body.handovers = workload_handovers(w);
 		a.body_case = KHO__CONTROL__REPLY__BODY_CLAIM;
 		a.claim = &body;
 		r = reply(c, serial, &a, fds + done, now);
@@ -464,7 +513,20 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 
 	if (!w || strcmp(w->name, q->name) != 0)
 		return garbage(c, serial, EPROTO, "CLAIM_ACK without its CLAIM");
+	if (c->acked)
+		return garbage(c, serial, EPROTO, "CLAIM_ACK twice");
 	strcpy(name, w->name);
+	if (w->incoming) {
+		r = sd_event_add_time_relative(c->k->event, &c->finish_timer, CLOCK_MONOTONIC,
+					       FINISH_USEC, 0, on_finish_timer, c);
+		if (r < 0)
+			return reply_error(c, serial, -r, name, "khod is out of memory", true);
+		c->acked = true;
+		claim_finish(c);
+		r = reply_done(c, serial);
+		FAULT(CLAIM_ANSWERED);
+		return r;
+	}
 	c->claiming = NULL;
 	w->state = c->claiming_from;
 	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
@@ -507,6 +569,8 @@ static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_CLAIMING;
 	case WORKLOAD_UNREADABLE:
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_UNREADABLE;
+	case WORKLOAD_INCOMING:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_INCOMING;
 	case WORKLOAD_FAILED:
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_FAILED;
 	}
@@ -524,7 +588,7 @@ static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
 	if (w->image) {
 		info->owner_uid = kho_image_uid(w->image);
 		info->unit = (char *)kho_image_unit(w->image);
-		info->handovers = kho_image_handovers(w->image);
+		info->handovers = workload_handovers(w);
 		info->registered_realtime_usec = kho_image_registered_usec(w->image);
 		info->secret = kho_image_has_secret(w->image);
 	}
@@ -649,6 +713,8 @@ static int dispatch(struct connection *c, const Kho__Control__Request *q, int *f
 	if (c->pending && q->body_case != KHO__CONTROL__REQUEST__BODY_REGISTRATION)
 		return garbage(c, serial, EPROTO, "another message in the middle of a REGISTER");
 
+	claim_finish(c);
+
 	switch (q->body_case) {
 	case KHO__CONTROL__REQUEST__BODY_HELLO:
 		return on_hello(c, serial, q->hello);
@@ -743,6 +809,7 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 {
 	struct connection *c = userdata;
 	const char *what = !c->hello	? "HELLO" :
+			   c->acked	? "a request" :
 			   c->claiming	? "CLAIM_ACK" :
 			   c->pending	? "the rest of REGISTER" :
 					  "a request";

@@ -11,9 +11,22 @@
  * answer. A khod that dies on the way leaves a session without an image, which the
  * next one discards: the client has had no answer and still owns its files.
  *
+ * Devices: a workload may also hold iommufds and VFIO devices. They are preserved after
+ * the memfds, contexts before devices, as the kernel looks for what a mapping or a device
+ * depends on among what the session has already. What a descriptor is, khod finds out for
+ * itself; what the kernel refuses is passed on by name, with the reason it gives. After a
+ * kexec such a workload is *incoming* until it is claimed, see adopt.c.
+ *
  * Claim: send descriptors, wait for the acknowledgement, take the session out of the
  * store, close it. Until the acknowledgement nothing has changed; after the session
  * is out of the store its last descriptor is khod's, so dying closes it too.
+ *
+ * Claim of an incoming workload: the acknowledgement is not the end. The devices run on
+ * their frozen HWPTs until the client has bound them and replaced these, which only the
+ * kernel knows for sure: it refuses FINISH before. So khod keeps the session, asks for
+ * FINISH after the acknowledgement, every half second, whenever the client says something
+ * or goes away, and lets go when that succeeds. A client that dies before has changed
+ * nothing: the kernel's files are in the session, and the workload is incoming again.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -85,6 +98,14 @@ void workload_free(struct khod *k, struct workload *w)
 size_t workload_n_files(const struct workload *w)
 {
 	return w->image ? kho_image_n_files(w->image) : 0;
+}
+
+uint32_t workload_handovers(const struct workload *w)
+{
+	uint32_t n = w->image ? kho_image_handovers(w->image) : 0;
+
+	/* The image of an incoming one is still that of the previous kernel. */
+	return w->image && w->incoming ? n + 1 : n;
 }
 
 uint64_t workload_bytes(const struct workload *w)
@@ -239,6 +260,31 @@ int image_commit(struct khod *k, struct kho_image *image, int session, struct kh
 	return 0;
 }
 
+/*
+ * An iommufd or a VFIO device? Opened in this kernel it is a node of /dev, retrieved from
+ * the previous one an anonymous inode. Paths are in the client's view of the world, so
+ * they only tell what to try; the kernel's handler has the last word.
+ */
+static enum kho_file_kind device_kind(struct khod *k, int fd, const struct stat *st)
+{
+	char path[64], link[128];
+	ssize_t n;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	n = readlink(path, link, sizeof(link) - 1);
+	if (n <= 0)
+		return 0;
+	link[n] = 0;
+	if (S_ISCHR(st->st_mode) && strncmp(link, "/dev/vfio/devices/", 18) == 0)
+		return KHO_FILE_VFIO;
+	if (strcmp(link, "anon_inode:[vfio-device]") == 0)
+		return KHO_FILE_VFIO;
+	if ((S_ISCHR(st->st_mode) && strcmp(link, KHO_IOMMUFD_DEVICE) == 0) ||
+	    strcmp(link, "anon_inode:[iommufd]") == 0)
+		return kho_iommufd_is_context(k->kho, fd) ? KHO_FILE_IOMMUFD : 0;
+	return 0;
+}
+
 /* Only what will come back as it went is taken. */
 static int file_check(struct khod *k, const char *name, int fd, struct kho_image_file *file,
 		      struct stat *st, struct kho_error **err)
@@ -249,9 +295,13 @@ static int file_check(struct khod *k, const char *name, int fd, struct kho_image
 	r = kho_op(k->kho, fstat, fd, st);
 	if (r < 0)
 		return kho_error_new(err, r, name, "cannot be examined: %s", strerror(-r));
+	file->name = name;
+	file->kind = device_kind(k, fd, st);
+	if (file->kind)
+		return 0;
 	seals = kho_op(k->kho, fcntl, fd, F_GET_SEALS, 0);
 	if (!S_ISREG(st->st_mode) || seals < 0)
-		return kho_error_new(err, EMEDIUMTYPE, name, "is %s; only memfds can be preserved",
+		return kho_error_new(err, EMEDIUMTYPE, name, "is %s; only memfds, iommufds and VFIO devices can be preserved",
 				     S_ISREG(st->st_mode) ? "a file of a file system" :
 				     S_ISDIR(st->st_mode) ? "a directory" :
 				     S_ISSOCK(st->st_mode) ? "a socket" :
@@ -273,7 +323,6 @@ static int file_check(struct khod *k, const char *name, int fd, struct kho_image
 	if ((seals & F_SEAL_EXEC) && !(seals & F_SEAL_WRITE))
 		return kho_error_new(err, EOPNOTSUPP, name,
 				     "is sealed against exec but not against writing, and would come back from the kexec sealed against both: create it with MFD_EXEC instead of MFD_NOEXEC_SEAL");
-	file->name = name;
 	file->kind = KHO_FILE_MEMFD;
 	file->size = st->st_size;
 	file->seals = seals;
@@ -329,7 +378,8 @@ static int build_image(struct khod *k, const char *name, const struct identity *
 		r = file_check(k, names[i], fds[i], &file, &st[i], err);
 		if (r < 0)
 			return r;
-		for (size_t j = 0; j < i; j++)
+		/* Anonymous inodes are all one; the kernel knows two files of these apart. */
+		for (size_t j = 0; j < i && file.kind == KHO_FILE_MEMFD; j++)
 			if (st[j].st_dev == st[i].st_dev && st[j].st_ino == st[i].st_ino)
 				return kho_error_new(err, EINVAL, names[i],
 						     "is the same memfd as '%s'", names[j]);
@@ -369,6 +419,33 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 			w->state = WORKLOAD_UNREADABLE;
 		w->fds[i] = r < 0 ? -1 : r;
 	}
+}
+
+/* What others depend on goes first: memfds, contexts, devices. */
+static int preserve_all(struct khod *k, struct workload *w, const int *fds, size_t n,
+			struct kho_error **err)
+{
+	static const enum kho_file_kind order[] = { KHO_FILE_MEMFD, KHO_FILE_IOMMUFD, KHO_FILE_VFIO };
+	int r;
+
+	for (size_t i = 0; i < ARRAY_SIZE(order) * n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i % n, &f);
+		if (f.kind != order[i / n])
+			continue;
+		khod_busy(k, f.size);
+		r = kho_luo_preserve(k->kho, w->session, fds[i % n], f.token, err);
+		if (r < 0) {
+			if (f.kind == KHO_FILE_IOMMUFD)
+				(void)kho_iommufd_obstacle(k->kho, fds[i % n], err);
+			/* To a client ENOENT means that there is no such workload. */
+			return kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f.name,
+					     "cannot be preserved");
+		}
+		FAULT(REGISTER_FILE_PRESERVED);
+	}
+	return 0;
 }
 
 int workload_register(struct khod *k, const char *name, const struct identity *who,
@@ -433,20 +510,9 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 	stored = true;
 	FAULT(REGISTER_SESSION_STORED);
 
-	for (size_t i = 0; i < n; i++) {
-		struct kho_image_file f = {};
-
-		kho_image_file(w->image, i, &f);
-		khod_busy(k, f.size);
-		r = kho_luo_preserve(k->kho, w->session, fds[i], f.token, err);
-		if (r < 0) {
-			/* To a client ENOENT means that there is no such workload. */
-			r = kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f.name,
-					  "cannot be preserved");
-			goto fail;
-		}
-		FAULT(REGISTER_FILE_PRESERVED);
-	}
+	r = preserve_all(k, w, fds, n, err);
+	if (r < 0)
+		goto fail;
 
 	r = image_commit(k, w->image, w->session, err);
 	if (r < 0)
@@ -538,6 +604,19 @@ int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho
 		fds[i] = r;
 	}
 	return 0;
+}
+
+int workload_finish(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r;
+
+	if (!w->incoming || w->session < 0)
+		return kho_error_new(err, EINVAL, w->name, "is not incoming");
+	r = kho_luo_finish(k->kho, w->session, err);
+	if (r < 0)
+		return r;
+	w->incoming = false;
+	return workload_end(k, w, CUSTODY_CLAIMED, err);
 }
 
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,

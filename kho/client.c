@@ -423,6 +423,8 @@ const char *kho_workload_state_name(enum kho_workload_state state)
 		return "unreadable";
 	case KHO_WORKLOAD_FAILED:
 		return "failed";
+	case KHO_WORKLOAD_INCOMING:
+		return "incoming";
 	}
 	return "unknown";
 }

@@ -79,14 +79,21 @@ struct kho_image {
 	size_t n_files;
 };
 
-/* Features that this reader understands, by name. None so far. */
-static const char *const features[] = { NULL };
+/*
+ * Features that this reader understands, by name. "devices": there are iommufds or
+ * devices among the files. Who does not know them would discard them one by one.
+ */
+static const char *const features[] = { "devices", NULL };
 
 const char *kho_file_kind_name(enum kho_file_kind kind)
 {
 	switch (kind) {
 	case KHO_FILE_MEMFD:
 		return "memfd";
+	case KHO_FILE_IOMMUFD:
+		return "iommufd";
+	case KHO_FILE_VFIO:
+		return "vfio";
 	}
 	return NULL;
 }
@@ -204,6 +211,14 @@ bool kho_image_has_secret(const struct kho_image *image)
 size_t kho_image_n_files(const struct kho_image *image)
 {
 	return image->n_files;
+}
+
+bool kho_image_has_devices(const struct kho_image *image)
+{
+	for (size_t i = 0; i < image->n_files; i++)
+		if (image->files[i].kind != KHO_FILE_MEMFD)
+			return true;
+	return false;
 }
 
 uint64_t kho_image_bytes(const struct kho_image *image)
@@ -363,6 +378,7 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	_cleanup_free_ Kho__Image__File *files = NULL;
 	_cleanup_free_ Kho__Image__File **filep = NULL;
 	_cleanup_free_ uint8_t *out = NULL;
+	char *needs[] = { (char *)features[0] };
 	struct header *h;
 	size_t payload;
 
@@ -382,6 +398,10 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 		filep[i] = &files[i];
 	}
 
+	if (kho_image_has_devices(image)) {
+		m.must_understand = needs;
+		m.n_must_understand = 1;
+	}
 	m.workload = &w;
 	m.origin = &o;
 	o.writer = (char *)image->writer;

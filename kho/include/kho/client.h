@@ -129,6 +129,7 @@ enum kho_workload_state {
 	KHO_WORKLOAD_CLAIMING = 2,
 	KHO_WORKLOAD_UNREADABLE = 3,
 	KHO_WORKLOAD_FAILED = 4,
+	KHO_WORKLOAD_INCOMING = 5,
 };
 /** kho_workload_state_name() - "held" etc.; "unknown" for what this library does not know */
 const char *kho_workload_state_name(enum kho_workload_state state);

@@ -34,6 +34,8 @@ extern "C" {
 
 enum kho_file_kind {
 	KHO_FILE_MEMFD = 1,
+	KHO_FILE_IOMMUFD = 2,
+	KHO_FILE_VFIO = 3,		/* a device's cdev */
 };
 
 /** kho_file_kind_name() - "memfd" etc.; NULL for an unknown kind; static */
@@ -60,8 +62,8 @@ struct kho_image;
  * @name: the client's name
  * @kind: what it is
  * @token: LUO token, unique in the image, never KHO_TOKEN_IMAGE
- * @size: bytes
- * @seals: F_SEAL_* at registration
+ * @size: bytes of a memfd; else 0
+ * @seals: F_SEAL_* at registration, of a memfd; else 0
  */
 struct kho_image_file {
 	const char *name;
@@ -97,6 +99,8 @@ const char *kho_image_kernel_release(const struct kho_image *image);
 uint64_t kho_image_written_usec(const struct kho_image *image);
 bool kho_image_has_secret(const struct kho_image *image);
 size_t kho_image_n_files(const struct kho_image *image);
+/** kho_image_has_devices() - is there anything but memfds, so that a device may do DMA into them? */
+bool kho_image_has_devices(const struct kho_image *image);
 /** kho_image_bytes() - sum of the sizes of all files */
 uint64_t kho_image_bytes(const struct kho_image *image);
 
