@@ -1,0 +1,456 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * A NIC driven from userspace whose DMA does not stop while the kernel is replaced.
+ *
+ * It receives numbered packets (ethertype 0x88B5, a 64-bit number behind the Ethernet
+ * header) with an 82574 (QEMU's e1000e) that has no IOMMU, and counts what came and what
+ * did not. Ring, buffers and its own counters are in one memfd, so that all it has to give
+ * to khod are three descriptors: the memfd, the iommufd in which the memfd is mapped, and
+ * the device. Then it may be stopped, and the kernel replaced: the device goes on writing
+ * into the ring, and the next instance of this program takes the ring up where it was.
+ *
+ * Start:	claim the workload from khod;
+ *  nothing	memfd, context, IOAS, device, ring: all new;
+ *  claimed	acknowledge, bind the device, map the same memfd at the same IOVAs in a new
+ *		IOAS, let it replace what the device is attached to (the kernel compares each
+ *		translation), go on with the ring;
+ *		then register, for the next kexec or crash of this program.
+ * SIGTERM:	write the counts, exit. The device goes on: khod has it.
+ *
+ * The device's registers are not touched after a claim, but for the tail of the ring.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <kho/kho.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/utsname.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "e1000e.h"
+
+#define MIB (UINT64_C(1) << 20)
+#define PAGE 4096u
+#define N_DESC 65528u		/* the most there can be: RDLEN has 20 bits */
+#define BUF_SIZE 256u
+
+/* What is where in the memfd. The ring has to be contiguous: one huge page. */
+#define RING_OFF UINT64_C(0)
+#define BUF_OFF (2 * MIB)
+#define STATE_OFF (18 * MIB)
+#define MEM_SIZE (20 * MIB)
+#define N_PAGES (STATE_OFF / PAGE)
+#define IOVA UINT64_C(0x100000000)
+
+#define STATE_MAGIC UINT64_C(0x3163696e646f686b)
+#define REGION_BAR0 0
+#define REGION_CONFIG 7
+
+_Static_assert(N_DESC * sizeof(struct e1000e_rxd) <= 2 * MIB, "the ring fits one huge page");
+_Static_assert(BUF_OFF + N_DESC * BUF_SIZE <= STATE_OFF, "the buffers fit");
+
+/* Behind ring and buffers, and so carried over with them. */
+struct state {
+	uint64_t magic;
+	uint64_t starts;	/* of this program on this ring */
+	uint64_t seen;		/* packets, each number once */
+	uint64_t lost;		/* numbers left out */
+	uint64_t duplicates;	/* numbers that came again, or late */
+	uint64_t foreign;	/* other packets */
+	uint64_t expect;	/* the next number */
+	uint64_t in_ring;	/* packets found in the ring by the last start */
+	uint32_t next;		/* the descriptor to look at next */
+	uint32_t tail;		/* what RDT was set to */
+	uint64_t pa[N_PAGES];	/* what the device was told */
+};
+_Static_assert(sizeof(struct state) <= MEM_SIZE - STATE_OFF, "the state fits");
+
+struct nic {
+	struct kho *kho;
+	struct kho_client *client;
+	const char *workload;
+	const char *status_path;
+	int memfd, iommufd, dev;
+	uint32_t ioas;
+	uint8_t *mem;
+	struct e1000e_rxd *ring;
+	struct state *state;
+	volatile uint8_t *bar;
+	uint32_t handovers;
+};
+
+static volatile sig_atomic_t stop;
+
+static void on_signal(int sig)
+{
+	stop = 1;
+}
+
+/* Says what went wrong and ends. What khod has, it keeps. */
+static _Noreturn void die(const char *what, int r, struct kho_error *err)
+{
+	char *text = kho_error_format(err, r);
+
+	fprintf(stderr, "nic: %s: %s\n", what, text ? text : strerror(-r));
+	exit(EXIT_FAILURE);
+}
+
+static void reg_write(struct nic *n, uint32_t reg, uint32_t value)
+{
+	*(volatile uint32_t *)(n->bar + reg) = value;
+}
+
+static uint32_t reg_read(struct nic *n, uint32_t reg)
+{
+	return *(volatile uint32_t *)(n->bar + reg);
+}
+
+/* At an address at which huge pages can be used: the ring must be one. */
+static void map_memory(struct nic *n)
+{
+	uint8_t *p = mmap(NULL, MEM_SIZE + 2 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (p == MAP_FAILED)
+		die("mmap", -errno, NULL);
+	p = (uint8_t *)(((uintptr_t)p + 2 * MIB - 1) & ~(uintptr_t)(2 * MIB - 1));
+	n->mem = mmap(p, MEM_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, n->memfd, 0);
+	if (n->mem == MAP_FAILED)
+		die("mmap", -errno, NULL);
+	(void)madvise(n->mem, MEM_SIZE, MADV_HUGEPAGE);
+	n->ring = (struct e1000e_rxd *)(n->mem + RING_OFF);
+	n->state = (struct state *)(n->mem + STATE_OFF);
+}
+
+static void new_memory(struct nic *n)
+{
+	n->memfd = memfd_create("nic", MFD_CLOEXEC);
+	if (n->memfd < 0 || ftruncate(n->memfd, MEM_SIZE) < 0)
+		die("memfd", -errno, NULL);
+	map_memory(n);
+	memset(n->mem, 0, MEM_SIZE);
+	n->state->magic = STATE_MAGIC;
+}
+
+static void map_bar(struct nic *n)
+{
+	struct kho_error *err = NULL;
+	uint64_t offset, size;
+	int r = kho_vfio_region(n->kho, n->dev, REGION_BAR0, &offset, &size, &err);
+
+	if (r < 0)
+		die("BAR 0", r, err);
+	n->bar = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, n->dev, offset);
+	if (n->bar == MAP_FAILED)
+		die("BAR 0", -errno, NULL);
+}
+
+/* The memfd, at the one IOVA, in a new IOAS, under the device: attached or replaced. */
+static void new_ioas(struct nic *n, bool replace)
+{
+	struct kho_error *err = NULL, *why = NULL;
+	int r;
+
+	r = kho_iommufd_ioas_alloc(n->kho, n->iommufd, &n->ioas, &err);
+	if (r >= 0)
+		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, MEM_SIZE, IOVA, &err);
+	if (r >= 0)
+		r = kho_vfio_attach(n->kho, n->dev, n->ioas, replace, &err);
+	if (r < 0) {
+		if (replace && kho_iommufd_obstacle(n->kho, n->iommufd, &why) > 0)
+			fprintf(stderr, "nic: %s\n", kho_error_message(why));
+		die("mappings", r, err);
+	}
+}
+
+/* What the device was attached to before is of no more use. */
+static void destroy_old(struct nic *n)
+{
+	enum kho_iommufd_type type;
+	struct kho_error *err = NULL;
+	uint32_t id = 0;
+	int r;
+
+	while ((r = kho_iommufd_next(n->kho, n->iommufd, id, &id, &type, &err)) > 0) {
+		if (type == KHO_IOMMUFD_OTHER || id == n->ioas)
+			continue;
+		r = kho_iommufd_destroy(n->kho, n->iommufd, id, &err);
+		if (r < 0)
+			die("old mappings", r, err);
+	}
+	if (r < 0)
+		die("context", r, err);
+}
+
+static uint64_t physical(struct nic *n, uint64_t page)
+{
+	struct kho_error *err = NULL;
+	uint64_t pa;
+	int r = kho_iommufd_noiommu_pa(n->kho, n->iommufd, n->ioas, IOVA + page * PAGE, &pa, &err);
+
+	if (r < 0)
+		die("physical addresses", r, err);
+	return pa;
+}
+
+static void start_device(struct nic *n)
+{
+	struct kho_error *err = NULL;
+	uint64_t offset, size;
+	uint16_t command;
+	int r;
+
+	r = kho_vfio_region(n->kho, n->dev, REGION_CONFIG, &offset, &size, &err);
+	if (r < 0)
+		die("configuration space", r, err);
+	if (pread(n->dev, &command, 2, offset + 4) != 2)
+		die("configuration space", -errno, NULL);
+	command |= 6;	/* memory, bus master */
+	if (pwrite(n->dev, &command, 2, offset + 4) != 2)
+		die("configuration space", -errno, NULL);
+
+	for (uint64_t i = 0; i < N_PAGES; i++)
+		n->state->pa[i] = physical(n, i);
+	for (uint64_t i = 1; i < N_DESC * sizeof(struct e1000e_rxd) / PAGE; i++)
+		if (n->state->pa[i] != n->state->pa[i - 1] + PAGE)
+			die("the ring is not contiguous in physical memory; allow huge pages in /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+			    -ENOMEM, NULL);
+	for (uint32_t i = 0; i < N_DESC; i++) {
+		uint64_t at = BUF_OFF + (uint64_t)i * BUF_SIZE;
+
+		n->ring[i] = (struct e1000e_rxd){ .addr = n->state->pa[at / PAGE] + at % PAGE };
+	}
+
+	reg_write(n, E1000E_IMC, UINT32_MAX);
+	reg_write(n, E1000E_RCTL, 0);
+	reg_write(n, E1000E_CTRL, reg_read(n, E1000E_CTRL) | E1000E_CTRL_SLU);
+	reg_write(n, E1000E_RFCTL, 0);
+	reg_write(n, E1000E_RDBAL, (uint32_t)n->state->pa[0]);
+	reg_write(n, E1000E_RDBAH, n->state->pa[0] >> 32);
+	reg_write(n, E1000E_RDLEN, N_DESC * sizeof(struct e1000e_rxd));
+	reg_write(n, E1000E_RDH, 0);
+	n->state->tail = N_DESC - 1;
+	reg_write(n, E1000E_RDT, n->state->tail);
+	reg_write(n, E1000E_RCTL, E1000E_RCTL_EN | E1000E_RCTL_UPE | E1000E_RCTL_MPE |
+		  E1000E_RCTL_BAM | E1000E_RCTL_BSIZE_256 | E1000E_RCTL_SECRC);
+}
+
+static void count(struct state *s, const struct e1000e_rxd *d, const uint8_t *frame)
+{
+	uint64_t number = 0;
+
+	if (d->errors || d->length < 30 || frame[12] != 0x88 || frame[13] != 0xb5) {
+		s->foreign++;
+		return;
+	}
+	for (int i = 14; i < 22; i++)
+		number = number << 8 | frame[i];
+	if (number < s->expect) {
+		s->duplicates++;
+		return;
+	}
+	s->lost += number - s->expect;
+	s->expect = number + 1;
+	s->seen++;
+}
+
+/* Take every packet out of the ring; give the descriptors back if there is a BAR. */
+static uint64_t receive(struct nic *n)
+{
+	struct state *s = n->state;
+	uint64_t taken = 0;
+
+	while (taken < N_DESC) {
+		struct e1000e_rxd *d = &n->ring[s->next];
+		uint8_t *frame = n->mem + BUF_OFF + (uint64_t)s->next * BUF_SIZE;
+
+		if (!(__atomic_load_n(&d->status, __ATOMIC_ACQUIRE) & E1000E_RXD_DD))
+			break;
+		count(s, d, frame);
+		memset(frame, 0, 30);	/* so that no packet is counted that was not written */
+		d->status = 0;
+		s->tail = s->next;
+		s->next = (s->next + 1) % N_DESC;
+		taken++;
+	}
+	if (taken > 0 && n->bar) {
+		__atomic_thread_fence(__ATOMIC_SEQ_CST);
+		reg_write(n, E1000E_RDT, s->tail);
+	}
+	return taken;
+}
+
+static void write_status(struct nic *n, const char *what)
+{
+	struct state *s = n->state;
+	struct utsname uts = {};
+	char tmp[256];
+	FILE *f;
+
+	(void)uname(&uts);
+	snprintf(tmp, sizeof(tmp), "%s.new", n->status_path);
+	f = fopen(tmp, "we");
+	if (!f)
+		die(tmp, -errno, NULL);
+	fprintf(f, "status=%s\nkernel=%s\nstarts=%" PRIu64 "\nhandovers=%" PRIu32 "\nseen=%" PRIu64
+		"\nlost=%" PRIu64 "\nduplicates=%" PRIu64 "\nforeign=%" PRIu64 "\nnext=%" PRIu64
+		"\nin_ring=%" PRIu64 "\n", what, uts.release, s->starts, n->handovers, s->seen,
+		s->lost, s->duplicates, s->foreign, s->expect, s->in_ring);
+	if (fclose(f) != 0 || rename(tmp, n->status_path) < 0)
+		die(n->status_path, -errno, NULL);
+}
+
+static int take(struct kho_claim *claim, const char *name)
+{
+	for (size_t i = 0; i < kho_claim_n_files(claim); i++)
+		if (strcmp(kho_claim_name(claim, i), name) == 0)
+			return kho_claim_take_fd(claim, i);
+	die(name, -ENOENT, NULL);
+}
+
+/* Take up the device where it is. It receives packets while this runs. */
+static void resume(struct nic *n, struct kho_claim *claim)
+{
+	struct kho_error *err = NULL;
+	int r;
+
+	n->memfd = take(claim, "memory");
+	n->iommufd = take(claim, "iommufd");
+	n->dev = take(claim, "device");
+	n->handovers = kho_claim_handovers(claim);
+	/* khod keeps the session until the device is in our hands. */
+	r = kho_client_claim_ack(n->client, claim, &err);
+	if (r < 0)
+		die("acknowledge", r, err);
+	kho_claim_free(claim);
+
+	map_memory(n);
+	if (n->state->magic != STATE_MAGIC)
+		die("the claimed memory is not this program's", -EINVAL, NULL);
+	n->state->in_ring = receive(n);
+
+	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &err);
+	if (r == -EINVAL)
+		err = kho_error_free(err);	/* an earlier instance has bound it in this kernel */
+	else if (r < 0)
+		die("device", r, err);
+	new_ioas(n, true);
+	for (uint64_t i = 0; i < N_PAGES; i++)
+		if (physical(n, i) != n->state->pa[i])
+			die("a page under the device has moved", -EFAULT, NULL);
+	destroy_old(n);
+	map_bar(n);
+	reg_write(n, E1000E_RDT, n->state->tail);
+}
+
+static void start(struct nic *n, const char *device)
+{
+	struct kho_error *err = NULL;
+	int r;
+
+	new_memory(n);
+	n->iommufd = kho_iommufd_open(n->kho, &err);
+	if (n->iommufd < 0)
+		die("iommufd", n->iommufd, err);
+	n->dev = kho_vfio_open(n->kho, device, &err);
+	if (n->dev < 0)
+		die("device", n->dev, err);
+	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &err);
+	if (r < 0)
+		die("device", r, err);
+	new_ioas(n, false);
+	map_bar(n);
+	start_device(n);
+}
+
+static void registration(struct nic *n)
+{
+	struct kho_client_file files[] = {
+		{ .name = "memory", .fd = n->memfd },
+		{ .name = "iommufd", .fd = n->iommufd },
+		{ .name = "device", .fd = n->dev },
+	};
+	struct kho_error *err = NULL;
+	int r = kho_client_register(n->client, n->workload, files, 3, NULL, 0, &err);
+
+	if (r < 0)
+		die("register", r, err);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "device", required_argument, NULL, 'd' },
+		{ "name", required_argument, NULL, 'n' },
+		{ "socket", required_argument, NULL, 's' },
+		{ "status", required_argument, NULL, 'o' },
+		{},
+	};
+	struct nic n = { .workload = "nic", .status_path = "/run/nic.status", .memfd = -1,
+			 .iommufd = -1, .dev = -1 };
+	const char *device = "/dev/vfio/devices/noiommu-vfio0", *socket_path = NULL;
+	struct sigaction sa = { .sa_handler = on_signal };
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+	unsigned int round = 0;
+	int c, r;
+
+	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
+		switch (c) {
+		case 'd':
+			device = optarg;
+			break;
+		case 'n':
+			n.workload = optarg;
+			break;
+		case 's':
+			socket_path = optarg;
+			break;
+		case 'o':
+			n.status_path = optarg;
+			break;
+		default:
+			return 2;
+		}
+	}
+	(void)sigaction(SIGTERM, &sa, NULL);
+	(void)sigaction(SIGINT, &sa, NULL);
+
+	r = kho_new(&n.kho, NULL, NULL);
+	if (r < 0)
+		die("libkho", r, NULL);
+	r = kho_client_connect(n.kho, socket_path, &n.client, &err);
+	if (r < 0)
+		die("khod", r, err);
+	r = kho_client_claim(n.client, n.workload, NULL, 0, &claim, &err);
+	if (r == 0) {
+		resume(&n, claim);
+	} else if (r == -ENOENT) {
+		err = kho_error_free(err);
+		start(&n, device);
+	} else {
+		die("claim", r, err);
+	}
+	n.state->starts++;
+	registration(&n);
+	n.client = kho_client_free(n.client);
+
+	while (!stop) {
+		if (round++ % 50 == 0)
+			write_status(&n, "running");
+		receive(&n);
+		usleep(4000);
+	}
+	receive(&n);
+	write_status(&n, "stopped");
+	kho_free(n.kho);
+	return EXIT_SUCCESS;
+}
