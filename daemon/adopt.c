@@ -43,8 +43,10 @@
  *
  * What is missing, and what that means:
  *  - khod does not rebuild IOAS and HWPT and does not replace by itself: DMA of a workload
- *    that nobody claims stays under the frozen tables. It goes on unharmed, the memory
- *    under it is held by the kernel.
+ *    that nobody claims stays under the frozen tables, with the memory under it held by
+ *    the kernel, and ends at the kernel's deadline: devices that nobody retrieves are
+ *    stopped (after 120 s, if the client has set no other by VFIO_DEVICE_FEATURE). A claim
+ *    retrieves; if its client dies there is no deadline any more, until the next claim.
  *  - A second kexec before the claim does not carry it: the kernel stops its devices (bus
  *    mastering off) on the way down. `khoctl preflight` refuses because of it.
  *  - There is no PREPARE: a client registers when it has its devices set up, and can
