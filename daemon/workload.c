@@ -35,6 +35,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/statfs.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 
 #include "fault.h"
@@ -261,28 +262,45 @@ int image_commit(struct khod *k, struct kho_image *image, int session, struct kh
 }
 
 /*
- * An iommufd or a VFIO device? Opened in this kernel it is a node of /dev, retrieved from
- * the previous one an anonymous inode. Paths are in the client's view of the world, so
- * they only tell what to try; the kernel's handler has the last word.
+ * An iommufd or a VFIO device? Opened in this kernel it is a device node, and the kernel
+ * tells which by the node's number (a path would be one of the client's mount namespace).
+ * Retrieved from the previous kernel it is an anonymous inode with a name. This decides
+ * about the order and the words; the kernel's handlers have the last word.
  */
 static enum kho_file_kind device_kind(struct khod *k, int fd, const struct stat *st)
 {
-	char path[64], link[128];
+	char path[64], text[512], *p;
 	ssize_t n;
+	int sys;
 
+	if (S_ISCHR(st->st_mode)) {
+		snprintf(path, sizeof(path), "/sys/dev/char/%u:%u/uevent", major(st->st_rdev),
+			 minor(st->st_rdev));
+		sys = kho_op(k->kho, open, path, O_RDONLY | O_CLOEXEC);
+		if (sys < 0)
+			return 0;
+		n = kho_op(k->kho, pread, sys, text, sizeof(text) - 1, 0);
+		kho_close(k->kho, sys);
+		if (n <= 0)
+			return 0;
+		text[n] = 0;
+		p = strstr(text, "DEVNAME=");
+		if (!p)
+			return 0;
+		p += strlen("DEVNAME=");
+		p[strcspn(p, "\n")] = 0;
+		if (strncmp(p, "vfio/devices/", strlen("vfio/devices/")) == 0)
+			return KHO_FILE_VFIO;
+		return strcmp(p, "iommu") == 0 ? KHO_FILE_IOMMUFD : 0;
+	}
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	n = readlink(path, link, sizeof(link) - 1);
+	n = readlink(path, text, sizeof(text) - 1);
 	if (n <= 0)
 		return 0;
-	link[n] = 0;
-	if (S_ISCHR(st->st_mode) && strncmp(link, "/dev/vfio/devices/", 18) == 0)
+	text[n] = 0;
+	if (strcmp(text, "anon_inode:[vfio-device]") == 0)
 		return KHO_FILE_VFIO;
-	if (strcmp(link, "anon_inode:[vfio-device]") == 0)
-		return KHO_FILE_VFIO;
-	if ((S_ISCHR(st->st_mode) && strcmp(link, KHO_IOMMUFD_DEVICE) == 0) ||
-	    strcmp(link, "anon_inode:[iommufd]") == 0)
-		return kho_iommufd_is_context(k->kho, fd) ? KHO_FILE_IOMMUFD : 0;
-	return 0;
+	return strcmp(text, "anon_inode:[iommufd]") == 0 ? KHO_FILE_IOMMUFD : 0;
 }
 
 /* Only what will come back as it went is taken. */

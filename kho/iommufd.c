@@ -109,13 +109,6 @@ int kho_iommufd_next(struct kho *kho, int iommufd, uint32_t after, uint32_t *id,
 	return 1;
 }
 
-bool kho_iommufd_is_context(struct kho *kho, int fd)
-{
-	struct iommu_liveupdate_status arg = { .size = sizeof(arg) };
-
-	return kho_op(kho, ioctl, fd, IOMMU_LIVEUPDATE_STATUS, &arg) >= 0;
-}
-
 static const char *const reasons[] = {
 	[IOMMU_LIVEUPDATE_BACKING_USER] = "memory that is mapped by address: map a memfd with IOMMU_IOAS_MAP_FILE",
 	[IOMMU_LIVEUPDATE_BACKING_DMABUF] = "a mapped DMABUF, which cannot be carried over: unmap it",

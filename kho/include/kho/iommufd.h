@@ -2,7 +2,6 @@
 #ifndef KHO_IOMMUFD_H
 #define KHO_IOMMUFD_H
 
-#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -104,15 +103,6 @@ enum kho_iommufd_type {
  */
 int kho_iommufd_next(struct kho *kho, int iommufd, uint32_t after, uint32_t *id,
 		     enum kho_iommufd_type *type, struct kho_error **err);
-
-/**
- * kho_iommufd_is_context() - is this descriptor an iommufd of a kernel with live update?
- * @kho: handle
- * @fd: any descriptor, borrowed
- *
- * Asks by IOMMU_LIVEUPDATE_STATUS, which changes nothing.
- */
-bool kho_iommufd_is_context(struct kho *kho, int fd);
 
 /**
  * kho_iommufd_obstacle() - why could a context not be preserved, or a device not be moved?
