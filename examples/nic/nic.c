@@ -15,6 +15,7 @@
  *		IOAS, let it replace what the device is attached to (the kernel compares each
  *		translation), go on with the ring;
  *		then register, for the next kexec or crash of this program.
+ * --alone: without khod, to see what gets lost then.
  * SIGTERM:	write the counts, exit. The device goes on: khod has it.
  *
  * The device's registers are not touched after a claim, but for the tail of the ring.
@@ -388,6 +389,7 @@ static void registration(struct nic *n)
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
+		{ "alone", no_argument, NULL, 'a' },
 		{ "device", required_argument, NULL, 'd' },
 		{ "name", required_argument, NULL, 'n' },
 		{ "socket", required_argument, NULL, 's' },
@@ -401,10 +403,14 @@ int main(int argc, char **argv)
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
 	unsigned int round = 0;
+	bool alone = false;
 	int c, r;
 
 	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
 		switch (c) {
+		case 'a':
+			alone = true;
+			break;
 		case 'd':
 			device = optarg;
 			break;
@@ -427,10 +433,14 @@ int main(int argc, char **argv)
 	r = kho_new(&n.kho, NULL, NULL);
 	if (r < 0)
 		die("libkho", r, NULL);
-	r = kho_client_connect(n.kho, socket_path, &n.client, &err);
-	if (r < 0)
-		die("khod", r, err);
-	r = kho_client_claim(n.client, n.workload, NULL, 0, &claim, &err);
+	if (alone) {
+		r = -ENOENT;
+	} else {
+		r = kho_client_connect(n.kho, socket_path, &n.client, &err);
+		if (r < 0)
+			die("khod", r, err);
+		r = kho_client_claim(n.client, n.workload, NULL, 0, &claim, &err);
+	}
 	if (r == 0) {
 		resume(&n, claim);
 	} else if (r == -ENOENT) {
@@ -440,7 +450,8 @@ int main(int argc, char **argv)
 		die("claim", r, err);
 	}
 	n.state->starts++;
-	registration(&n);
+	if (!alone)
+		registration(&n);
 	n.client = kho_client_free(n.client);
 
 	while (!stop) {
