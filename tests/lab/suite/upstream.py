@@ -93,3 +93,26 @@ def upstream_kexec_programs(ctx):
                     vm.kexec()
             quiet(vm)
         ctx.figure(program, "ok")
+
+
+@test()
+def series_iommufd_liveupdate(ctx):
+    """The series' own cases: what preserve refuses, what is immutable, inspection."""
+    with ctx.vm(init="bare", memory="1G") as vm:
+        vm.ready()
+        suite(ctx, vm, "iommu/iommufd_liveupdate", 300)
+        quiet(vm)
+
+
+@test()
+def series_iommufd_kexec(ctx):
+    """A context over a kexec with the mock device; memory is used up in between."""
+    with ctx.vm(init="bare", memory="1G", pressure=True) as vm:
+        vm.ready()
+        vm.run(f"cd {SELFTESTS}/iommu && (setsid ./iommufd_kexec pre > /lab/pre 2>&1 &) ; "
+               "for i in $(seq 60); do grep -q . /lab/pre && break; sleep 0.5; done; sleep 1; "
+               "! grep 'not ok' /lab/pre", 120)
+        vm.kexec()
+        r = vm.run(f"cd {SELFTESTS}/iommu && ./iommufd_kexec post", 120, check=False)
+        expect(r.status == 0 and "not ok" not in r.out, f"after the kexec: {r.out[-800:]}{r.err[-300:]}")
+        quiet(vm)

@@ -1,0 +1,705 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * kho_bench - the guest half of the boot-cost benchmark (init of a bare guest)
+ *
+ * Stage 1 (cold boot) builds a memfd whose pages lie in physical memory in a
+ * chosen pattern, loads the same kernel for kexec, preserves the memfd in a
+ * LUO session and reboots into the new kernel.  Stage 2 retrieves it, verifies
+ * every byte by the seed, finishes the session and powers off.
+ *
+ * Nothing is inferred: the number of physically contiguous runs is read from
+ * /proc/self/pagemap after the preserve, so that a pattern that did not come
+ * about shows in the result.
+ *
+ * Everything is reported through /dev/kmsg, one "khobench: key=value" a line,
+ * so that the lines carry the kernel's timestamps and do not interleave with
+ * its own on the serial port.  Times are CLOCK_MONOTONIC, in microseconds.
+ *
+ * Parameters, on the kernel command line:
+ *   khobench.mib=N        size of the memfd in MiB; 0: nothing is preserved
+ *   khobench.pattern=P    contig: one page after the other
+ *                         hole:   a page of somebody else after every 99
+ *                         second: every second page is somebody else's
+ *   khobench.huge=0|1     2 MiB folios (shmem_enabled is set to advise)
+ *   khobench.seed=N       seed of the contents
+ *   khobench.evict=0|1    first fill the movable memory in KHO's scratch areas
+ *                         so that preserving has nothing to migrate (default 1)
+ *   khobench.expect=E     ok (default); enomem: preserving must fail with
+ *                         ENOMEM and leave the guest usable; refused: see damage
+ *   khobench.damage=D     before the reboot damage the map of preserved memory
+ *                         in memory: node (a pointer to nowhere), range (pages
+ *                         outside of memory) or scratch (pages in scratch);
+ *                         with expect=refused the next kernel must come up
+ *                         without the session and with working memory
+ *   khobench.rounds=N     handovers in a row (default 1)
+ *   khobench.stage=N      set by stage N - 1
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* linux/liveupdate.h: spelled out, the build host's headers may be older */
+#define LU_NAME_LEN 64
+struct lu_session_arg {
+	uint32_t size;
+	int32_t fd;
+	uint8_t name[LU_NAME_LEN];
+};
+struct lu_fd_arg {
+	uint32_t size;
+	int32_t fd;
+	uint64_t token;
+};
+struct lu_finish_arg {
+	uint32_t size;
+	uint32_t reserved;
+};
+#define LU_CREATE_SESSION	_IO(0xBA, 0x00)
+#define LU_RETRIEVE_SESSION	_IO(0xBA, 0x01)
+#define LU_PRESERVE_FD		_IO(0xBA, 0x40)
+#define LU_RETRIEVE_FD		_IO(0xBA, 0x41)
+#define LU_FINISH		_IO(0xBA, 0x42)
+
+#define SESSION		"khobench"
+#define TOKEN		0x4b484f42ULL
+#define PAGE		4096UL
+#define HUGE		(2UL << 20)
+#define KERNEL		"/kernel"
+#define INITRD		"/initrd.img"
+
+static int kmsg = -1;
+static char cmdline[4096];
+
+static void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...)
+{
+	char buf[900];
+	int n = snprintf(buf, sizeof(buf), "khobench: ");
+	va_list ap;
+
+	va_start(ap, fmt);
+	n += vsnprintf(buf + n, sizeof(buf) - n - 1, fmt, ap);
+	va_end(ap);
+	buf[n++] = '\n';
+	if (kmsg < 0 || write(kmsg, buf, n) != n)
+		(void)!write(1, buf, n);
+}
+
+static void __attribute__((noreturn)) power_off(void)
+{
+	sync();
+	reboot(RB_POWER_OFF);
+	for (;;)
+		pause();
+}
+
+static void __attribute__((noreturn, format(printf, 1, 2)))
+die(const char *fmt, ...)
+{
+	int err = errno;
+	char buf[512];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(buf, sizeof(buf), fmt, ap);
+	va_end(ap);
+	say("FAIL %s: %s", buf, strerror(err));
+	power_off();
+}
+
+static uint64_t now_us(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
+}
+
+static const char *param(const char *name, const char *fallback)
+{
+	static char val[8][128];
+	static int slot;
+	char key[64], *p, *out = val[slot++ % 8];
+	size_t n;
+
+	snprintf(key, sizeof(key), "khobench.%s=", name);
+	p = strstr(cmdline, key);
+	if (!p)
+		return fallback;
+	p += strlen(key);
+	n = strcspn(p, " \n");
+	if (n >= sizeof(val[0]))
+		n = sizeof(val[0]) - 1;
+	memcpy(out, p, n);
+	out[n] = 0;
+	return out;
+}
+
+static ssize_t slurp(const char *path, char *buf, size_t len)
+{
+	int fd = open(path, O_RDONLY);
+	ssize_t n;
+
+	if (fd < 0)
+		return -1;
+	n = read(fd, buf, len - 1);
+	close(fd);
+	if (n < 0)
+		return -1;
+	buf[n] = 0;
+	return n;
+}
+
+static void spit(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		die("write %s", path);
+	close(fd);
+}
+
+static unsigned long meminfo_kib(const char *key)
+{
+	char buf[4096], *p;
+
+	if (slurp("/proc/meminfo", buf, sizeof(buf)) < 0)
+		return 0;
+	p = strstr(buf, key);
+	return p ? strtoul(p + strlen(key), NULL, 10) : 0;
+}
+
+/* -- scratch areas, from debugfs --------------------------------------- */
+
+static struct { uint64_t start, end; } scratch[64];
+static int nr_scratch;
+
+static void read_scratch(void)
+{
+	char a[2048], l[2048], *pa = a, *pl = l;
+
+	if (slurp("/sys/kernel/debug/kho/out/scratch_phys", a, sizeof(a)) < 0 ||
+	    slurp("/sys/kernel/debug/kho/out/scratch_len", l, sizeof(l)) < 0)
+		die("scratch areas in debugfs");
+	while (*pa && *pl && nr_scratch < 64) {
+		char *ea, *el;
+		uint64_t s = strtoull(pa, &ea, 16), n = strtoull(pl, &el, 16);
+
+		if (ea == pa || el == pl)
+			break;
+		scratch[nr_scratch].start = s;
+		scratch[nr_scratch++].end = s + n;
+		say("scratch=%d start=0x%llx kib=%llu", nr_scratch - 1,
+		    (unsigned long long)s, (unsigned long long)n >> 10);
+		pa = ea + (*ea == '\n');
+		pl = el + (*el == '\n');
+	}
+}
+
+static int in_scratch(uint64_t phys)
+{
+	for (int i = 0; i < nr_scratch; i++)
+		if (phys >= scratch[i].start && phys < scratch[i].end)
+			return 1;
+	return 0;
+}
+
+/*
+ * Read the pfns of @n pages mapped at @p into @pfn (0 where not present).
+ */
+static void read_pfns(void *p, size_t n, uint64_t *pfn)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	off_t off = (uintptr_t)p / PAGE * 8;
+	size_t done = 0, want = n * 8;
+
+	if (fd < 0)
+		die("pagemap");
+	while (done < want) {
+		ssize_t r = pread(fd, (char *)pfn + done, want - done,
+				  off + done);
+
+		if (r <= 0)
+			die("read pagemap");
+		done += r;
+	}
+	close(fd);
+	for (size_t i = 0; i < n; i++)
+		pfn[i] = pfn[i] >> 63 ? pfn[i] & ((1ULL << 55) - 1) : 0;
+}
+
+static int cmp_u64(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/*
+ * Movable pages may lie in scratch (it is CMA) and preserving migrates them,
+ * which would both cost time and undo the pattern.  Touch memory until scratch
+ * is full, keep what lies in it and give the rest back.
+ */
+static void evict_scratch(void)
+{
+	size_t chunk = 8UL << 20, n = chunk / PAGE, max = 1UL << 34, used = 0;
+	uint64_t *pfn = malloc(n * sizeof(*pfn));
+	char *hog = mmap(NULL, max, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (!pfn || hog == MAP_FAILED)
+		die("hog");
+	madvise(hog, max, MADV_NOHUGEPAGE);
+	/* The kernel itself can not use scratch: leave it memory outside. */
+	while (used < max && meminfo_kib("CmaFree:") > 16384 &&
+	       meminfo_kib("MemFree:") > meminfo_kib("CmaFree:") + 98304) {
+		for (size_t i = 0; i < n; i++)
+			hog[used + i * PAGE] = 1;
+		used += chunk;
+	}
+	for (size_t off = 0; off < used; off += chunk) {
+		size_t from = 0;
+
+		read_pfns(hog + off, n, pfn);
+		for (size_t i = 0; i <= n; i++) {
+			if (i < n && !in_scratch(pfn[i] * PAGE))
+				continue;
+			if (i > from)
+				madvise(hog + off + from * PAGE,
+					(i - from) * PAGE, MADV_DONTNEED);
+			from = i + 1;
+		}
+	}
+	free(pfn);
+	say("evict cma_free_kib=%lu mem_free_kib=%lu", meminfo_kib("CmaFree:"),
+	    meminfo_kib("MemFree:"));
+}
+
+/* What the kernel says about the size of scratch, if it does */
+static void report_need(void)
+{
+	char size[32], need[32];
+
+	if (slurp("/sys/kernel/kexec/kho_scratch_size", size, sizeof(size)) < 0 ||
+	    slurp("/sys/kernel/kexec/kho_scratch_needed", need, sizeof(need)) < 0)
+		return;
+	say("scratch_size_kib=%llu scratch_needed_kib=%llu",
+	    strtoull(size, NULL, 10) >> 10, strtoull(need, NULL, 10) >> 10);
+}
+
+/* -- contents ----------------------------------------------------------- */
+
+static inline uint64_t mix(uint64_t x)
+{
+	x ^= x >> 30;
+	x *= 0xbf58476d1ce4e5b9ULL;
+	x ^= x >> 27;
+	return x;
+}
+
+static void fill_page(char *page, uint64_t seed, uint64_t index)
+{
+	uint64_t *w = (uint64_t *)page, v = mix(seed + index * 0x9e3779b97f4a7c15ULL);
+
+	for (size_t i = 0; i < PAGE / 8; i++)
+		w[i] = v + i * 0x0123456789abcdefULL;
+}
+
+static size_t check_pages(const char *p, size_t n, uint64_t seed)
+{
+	size_t bad = 0;
+
+	for (size_t k = 0; k < n; k++) {
+		const uint64_t *w = (const uint64_t *)(p + k * PAGE);
+		uint64_t v = mix(seed + k * 0x9e3779b97f4a7c15ULL);
+		size_t i;
+
+		for (i = 0; i < PAGE / 8; i++)
+			if (w[i] != v + i * 0x0123456789abcdefULL)
+				break;
+		if (i < PAGE / 8) {
+			if (bad++ < 8)
+				say("BAD page=%zu word=%zu", k, i);
+		}
+	}
+	return bad;
+}
+
+static char *map_memfd(int fd, size_t len)
+{
+	char *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	if (p == MAP_FAILED)
+		die("mmap memfd");
+	return p;
+}
+
+static int make_memfd(const char *name, size_t len, char **p, int huge)
+{
+	int fd = memfd_create(name, MFD_CLOEXEC);
+
+	if (fd < 0 || ftruncate(fd, len))
+		die("memfd %s", name);
+	*p = map_memfd(fd, len);
+	madvise(*p, len, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	return fd;
+}
+
+/*
+ * Build the memfd to preserve.  The pages between those of the pattern belong
+ * to a second memfd that stays allocated until the kexec, so that the holes
+ * are memory in use, as on a host.
+ */
+static int build(size_t len, const char *pattern, int huge, uint64_t seed,
+		 char **out)
+{
+	size_t n = len / PAGE, every = 0, h = 0;
+	char *p, *q = NULL;
+	int fd;
+
+	if (!strcmp(pattern, "hole"))
+		every = 99;
+	else if (!strcmp(pattern, "second"))
+		every = 1;
+	else if (strcmp(pattern, "contig")) {
+		errno = EINVAL;
+		die("pattern %s", pattern);
+	}
+
+	fd = make_memfd("khobench", len, &p, huge);
+	if (every)
+		make_memfd("holes", (n / every + 1) * PAGE, &q, 0);
+	for (size_t i = 0; i < n; i++) {
+		fill_page(p + i * PAGE, seed, i);
+		if (every && i % every == every - 1)
+			q[h++ * PAGE] = 1;
+	}
+	*out = p;
+	return fd;
+}
+
+static void report_runs(char *p, size_t n)
+{
+	uint64_t *pfn = malloc(n * sizeof(*pfn));
+	size_t runs = 0, scratched = 0, absent = 0;
+
+	if (!pfn)
+		die("pfn array");
+	for (size_t i = 0; i < n; i++)		/* fault in what migrated */
+		*(volatile char *)(p + i * PAGE);
+	read_pfns(p, n, pfn);
+	qsort(pfn, n, sizeof(*pfn), cmp_u64);
+	for (size_t i = 0; i < n; i++) {
+		if (!pfn[i])
+			absent++;
+		if (!i || pfn[i] != pfn[i - 1] + 1)
+			runs++;
+		if (in_scratch(pfn[i] * PAGE))
+			scratched++;
+	}
+	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu", n, runs, scratched,
+	    absent);
+	free(pfn);
+}
+
+static size_t count_in_scratch(char *p, size_t n)
+{
+	uint64_t *pfn = malloc(n * sizeof(*pfn));
+	size_t in = 0;
+
+	if (!pfn)
+		die("pfn array");
+	read_pfns(p, n, pfn);
+	for (size_t i = 0; i < n; i++)
+		in += in_scratch(pfn[i] * PAGE);
+	free(pfn);
+	return in;
+}
+
+/* -- damage --------------------------------------------------------------- */
+
+static uint32_t be32(const char *p)
+{
+	const unsigned char *u = (const unsigned char *)p;
+
+	return (uint32_t)u[0] << 24 | u[1] << 16 | u[2] << 8 | u[3];
+}
+
+/*
+ * Physical address of the map's root, from KHO's own device tree: the first
+ * property of eight bytes of the root node.  (debugfs shows as many bytes as the
+ * tree had when the file was made, so the names may be cut off.)
+ */
+static uint64_t map_root(void)
+{
+	static char fdt[8192];
+	ssize_t n = slurp("/sys/kernel/debug/kho/out/fdt", fdt, sizeof(fdt));
+	uint32_t at, end;
+
+	if (n < 40)
+		die("fdt");
+	at = be32(fdt + 8);
+	end = n;
+	while (at + 12 <= end) {
+		uint32_t token = be32(fdt + at);
+
+		if (token == 1) {		/* begin node: skip its name */
+			at += 4 + ((strlen(fdt + at + 4) + 4) & ~3U);
+		} else if (token == 3) {	/* property */
+			uint32_t len = be32(fdt + at + 4);
+
+			if (len == sizeof(uint64_t)) {
+				uint64_t root;
+
+				memcpy(&root, fdt + at + 12, sizeof(root));
+				return root;
+			}
+			at += 12 + ((len + 3) & ~3U);
+		} else {
+			at += 4;
+		}
+	}
+	errno = ENOENT;
+	die("no map in fdt");
+}
+
+static uint64_t *map_phys(int mem, uint64_t phys)
+{
+	void *p = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, mem, phys);
+
+	if (p == MAP_FAILED)
+		die("map 0x%llx of /dev/mem", (unsigned long long)phys);
+	return p;
+}
+
+/*
+ * The map is a tree of five levels of 512 pointers over leaves of 32768 bits.
+ * Follow it to the lowest table of order 0 and damage a pointer there.
+ */
+static void damage_map(const char *how)
+{
+	int mem = open("/dev/mem", O_RDWR | O_SYNC), level;
+	uint64_t phys = map_root(), *t = NULL;
+	size_t i = 0, to;
+
+	if (mem < 0)
+		die("/dev/mem");
+	for (level = 5; level >= 1; level--) {
+		t = map_phys(mem, phys);
+		/* keys of order 0 are the largest: take the last pointer */
+		for (i = 511; i > 0 && !t[i]; i--)
+			;
+		if (!t[i])
+			die("empty table at level %d", level);
+		if (level > 1)
+			phys = t[i];
+	}
+	if (!strcmp(how, "node"))
+		t[i] = 0x7ffdeadbe000ULL;
+	else if (!strcmp(how, "range"))
+		t[500] = t[i];			/* 128 MiB each: 62 GiB up */
+	else if (!strcmp(how, "scratch")) {
+		to = scratch[nr_scratch - 1].start >> 27;
+		t[to] = t[i];
+	} else {
+		die("damage %s", how);
+	}
+	say("damaged=%s table=0x%llx index=%zu", how, (unsigned long long)phys,
+	    i);
+}
+
+/* -- kexec and sessions ------------------------------------------------- */
+
+static void load_kernel(int next_stage)
+{
+	char next[sizeof(cmdline) + 32], *p;
+	int k = open(KERNEL, O_RDONLY), r = open(INITRD, O_RDONLY);
+
+	if (k < 0 || r < 0)
+		die("open %s %s", KERNEL, INITRD);
+	snprintf(next, sizeof(next), "%s", cmdline);
+	p = strstr(next, " khobench.stage=");
+	if (p)
+		*p = 0;
+	snprintf(next + strlen(next), 32, " khobench.stage=%d", next_stage);
+	if (syscall(SYS_kexec_file_load, k, r, strlen(next) + 1, next, 0UL))
+		die("kexec_file_load");
+	close(k);
+	close(r);
+}
+
+static int lu_open(void)
+{
+	int fd = open("/dev/liveupdate", O_RDWR | O_CLOEXEC);
+
+	if (fd < 0)
+		die("/dev/liveupdate");
+	return fd;
+}
+
+static int session(int lu, unsigned long cmd)
+{
+	struct lu_session_arg arg = { .size = sizeof(arg), .fd = -1 };
+
+	memcpy(arg.name, SESSION, sizeof(SESSION));
+	if (ioctl(lu, cmd, &arg))
+		return -1;
+	return arg.fd;
+}
+
+static void hand_over(int fd, char *p, size_t len, int next_stage)
+{
+	struct lu_fd_arg arg = { .size = sizeof(arg), .fd = fd, .token = TOKEN };
+	const char *expect = param("expect", "ok");
+	uint64_t t;
+	int s;
+
+	t = now_us();
+	load_kernel(next_stage);
+	say("load_us=%llu", (unsigned long long)(now_us() - t));
+
+	if (len) {
+		say("before_preserve in_scratch=%zu free_kib=%lu cma_free_kib=%lu",
+		    count_in_scratch(p, len / PAGE), meminfo_kib("MemFree:"),
+		    meminfo_kib("CmaFree:"));
+		s = session(lu_open(), LU_CREATE_SESSION);
+		if (s < 0)
+			die("create session");
+		t = now_us();
+		if (ioctl(s, LU_PRESERVE_FD, &arg)) {
+			int err = errno;
+
+			say("preserve_failed=%s us=%llu free_kib=%lu", strerror(err),
+			    (unsigned long long)(now_us() - t),
+			    meminfo_kib("MemFree:"));
+			if (strcmp(expect, "enomem") || err != ENOMEM)
+				die("preserve");
+			close(s);
+			say("verify bad=%zu", check_pages(p, len / PAGE,
+				strtoull(param("seed", "1"), NULL, 0)));
+			say("DONE");
+			power_off();
+		}
+		say("preserve_us=%llu", (unsigned long long)(now_us() - t));
+		if (!strcmp(expect, "enomem"))
+			die("preserve was not refused");
+		report_runs(p, len / PAGE);
+	}
+	if (*param("damage", "") && next_stage == 2)
+		damage_map(param("damage", ""));
+	say("reboot");
+	reboot(RB_KEXEC);
+	die("reboot");
+}
+
+int main(void)
+{
+	size_t len;
+	int stage, rounds, fd = -1, s;
+	uint64_t seed, t;
+	char *p = NULL;
+	int lu;
+
+	mkdir("/dev", 0755);
+	mkdir("/proc", 0755);
+	mkdir("/sys", 0755);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
+	say("init");
+	if (mount("proc", "/proc", "proc", 0, NULL) ||
+	    mount("sysfs", "/sys", "sysfs", 0, NULL) ||
+	    mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL))
+		die("mount");
+	if (slurp("/proc/cmdline", cmdline, sizeof(cmdline)) < 0)
+		die("cmdline");
+	cmdline[strcspn(cmdline, "\n")] = 0;
+
+	stage = atoi(param("stage", "1"));
+	rounds = atoi(param("rounds", "1"));
+	len = strtoull(param("mib", "0"), NULL, 0) << 20;
+	seed = strtoull(param("seed", "1"), NULL, 0);
+	say("stage=%d mem_total_kib=%lu mem_free_kib=%lu cma_total_kib=%lu",
+	    stage, meminfo_kib("MemTotal:"), meminfo_kib("MemFree:"),
+	    meminfo_kib("CmaTotal:"));
+	read_scratch();
+	report_need();
+
+	if (stage == 1) {
+		int huge = atoi(param("huge", "0"));
+
+		if (huge)
+			spit("/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+			     "advise");
+		if (atoi(param("evict", "1")))
+			evict_scratch();
+		if (len)
+			fd = build(len, param("pattern", "contig"), huge, seed, &p);
+		hand_over(fd, p, len, 2);
+	}
+
+	if (len) {
+		struct lu_fd_arg arg = {
+			.size = sizeof(arg), .fd = -1, .token = TOKEN,
+		};
+		struct lu_finish_arg fin = { .size = sizeof(fin) };
+		struct stat st;
+		size_t bad;
+
+		lu = lu_open();
+		s = session(lu, LU_RETRIEVE_SESSION);
+		if (!strcmp(param("expect", "ok"), "refused")) {
+			if (s >= 0)
+				die("a damaged map was accepted");
+			say("refused session=%s", strerror(errno));
+			evict_scratch();
+			say("DONE");
+			power_off();
+		}
+		if (s < 0)
+			die("retrieve session");
+		close(lu);
+		t = now_us();
+		if (ioctl(s, LU_RETRIEVE_FD, &arg))
+			die("retrieve");
+		say("retrieve_us=%llu", (unsigned long long)(now_us() - t));
+		if (fstat(arg.fd, &st) || (size_t)st.st_size != len)
+			die("size %lld", (long long)st.st_size);
+		say("blocks_kib=%lld shmem_kib=%lu", (long long)st.st_blocks / 2,
+		    meminfo_kib("Shmem:"));
+		t = now_us();
+		if (ioctl(s, LU_FINISH, &fin))
+			die("finish");
+		say("finish_us=%llu", (unsigned long long)(now_us() - t));
+		close(s);
+		/*
+		 * Fill what is free before looking: a page that was handed out
+		 * by mistake is then overwritten and not merely unused.
+		 */
+		evict_scratch();
+		p = map_memfd(arg.fd, len);
+		bad = check_pages(p, len / PAGE, seed);
+		say("verify pages=%zu bad=%zu", len / PAGE, bad);
+		if (bad)
+			die("contents");
+		if (stage <= rounds)
+			hand_over(arg.fd, p, len, stage + 1);
+		munmap(p, len);
+		close(arg.fd);
+		say("after_close mem_free_kib=%lu shmem_kib=%lu",
+		    meminfo_kib("MemFree:"), meminfo_kib("Shmem:"));
+	}
+	say("DONE");
+	power_off();
+}
