@@ -18,27 +18,34 @@ TOOLS = "/usr/lib/khod/tests"
 MEMORY = 1 << 30
 
 
+def without_khod(vm):
+    vm.run("systemctl --quiet mask --now khod.socket khod.service")
+
+
+def with_khod(vm):
+    vm.run("systemctl --quiet unmask khod.socket khod.service; systemctl start khod.service")
+
+
 def plain(vm):
-    """No khod at all."""
-    return "lab.no-khod"
+    """No khod at all, in neither kernel."""
+    without_khod(vm)
 
 
 def idle(vm):
     """khod holds nothing."""
-    return ""
+    with_khod(vm)
 
 
 def khod_memory(vm):
     """khod preserves a memfd of 1 GiB."""
-    vm.run(f"khoctl list | grep -q bench || {TOOLS}/memfd-pages --create {MEMORY} -- "
-           "khoctl register bench --fd 3", 300)
-    return ""
+    with_khod(vm)
+    vm.run(f"{TOOLS}/memfd-pages --create {MEMORY} -- khoctl register bench --fd 3", 300)
 
 
 def systemd_memory(vm):
     """The same memfd in systemd's own fd store."""
+    without_khod(vm)
     vm.run("systemctl start lab-fdstore.service", 300)
-    return "lab.no-khod"
 
 
 def drop_memory(vm):
@@ -54,8 +61,8 @@ PAIRS = {
 
 def one(vm, setup) -> timeline.Timeline:
     """One kexec with what @setup arranged."""
-    append = setup(vm)
-    vm.load(append=append)
+    setup(vm)
+    vm.load()
     start = vm.mark = len(vm.console.lines)
     vm.run("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec", check=False)
     vm.next_boot("systemctl kexec", 240)
