@@ -64,7 +64,7 @@ def one(vm, setup) -> timeline.Timeline:
     setup(vm)
     vm.load()
     start = vm.mark = len(vm.console.lines)
-    vm.run("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec", check=False)
+    vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
     vm.next_boot("systemctl kexec", 240)
     vm.run("systemctl start lab-workload.service")
     line = vm.console.wait(timeline.MARKS[-1][1], start, vm.console.lines[-1].when + 60, vm.alive)

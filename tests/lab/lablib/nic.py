@@ -76,7 +76,7 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0) 
     sender = Sender(vm.senders[0], rate, vm.dir / "sent")
     time.sleep(before)
     start = vm.mark = len(vm.console.lines)
-    vm.run("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec", check=False)
+    vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
     vm.next_boot("systemctl kexec", 240)
     wait_running(vm, 180)
     if vm.console.wait(r"lab: workload runs", vm.mark, time.monotonic() + 60, vm.alive) is None:
