@@ -6,13 +6,11 @@ not as it must be. `check` runs the quick ones, `check-long` the parts with
 their full numbers. A skip passes only if tests/lab/skips.txt names it with a reason.
 """
 
-import contextlib
 import importlib
 import json
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -251,22 +249,3 @@ def tap(text):
         elif line.startswith("not ok "):
             failed.append(" ".join(words[2:]).strip("- ").strip("# "))
     return passed, failed, skipped
-
-
-@contextlib.contextmanager
-def environment(**values):
-    """Set environment variables for a `with` block (tests of bad input only)."""
-    old = {k: os.environ.get(k) for k in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for k, v in old.items():
-            if v is None:
-                os.environ.pop(k, None)
-            else:
-                os.environ[k] = v
-
-
-if __name__ == "__main__":
-    sys.exit(check())

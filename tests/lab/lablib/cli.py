@@ -4,7 +4,6 @@
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from . import bench, check, demo, kernel, rootfs
 from .common import LabError, cache_dir, say

@@ -378,15 +378,13 @@ done
 """
 
 
-def selftests(tree: Path, builddir: Path = None) -> Path:
+def selftests(tree: Path) -> Path:
     """Upstream's selftests of the kernel tree @tree, as a folder for /usr/lib/kselftest.
 
     One folder a suite: liveupdate, iommu, vfio, and kho's init. Headers come
     from the tree itself (`make headers` into a folder of its own), so that
-    neither a configuration nor a build of the kernel is needed; @builddir is
-    accepted for symmetry with the kernel's builds and is not touched.
+    neither a configuration nor a build of the kernel is needed.
     """
-    del builddir
     tree = Path(tree).resolve()
     tests = tree / "tools/testing/selftests"
     if not (tests / "liveupdate").is_dir():

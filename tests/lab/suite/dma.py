@@ -43,13 +43,13 @@ class Run:
     """One run of dma-guest: what it said, what was sent, what the device did."""
 
     def __init__(self, ctx, *, mode="run", kexecs=1, rate=1000, options="", timeout=240,
-                 kernel=None, next_kernel=None):
+                 kernel=None):
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
         with ctx.vm(kernel=kernel, init="dma-guest", memory="512M", devices=[DEVICE, DEVICE],
                     trace=EVENTS, append=f"dma.mode={mode} dma.kexecs={kexecs} {options}") as vm:
             self.vm, self.deadline = vm, time.monotonic() + timeout
-            shutil.copy((next_kernel or kernel or ctx.kernel()) / "bzImage", vm.share / "next")
+            shutil.copy((kernel or ctx.kernel()) / "bzImage", vm.share / "next")
             self.wait("DMA: .*READY")
             sender = Sender(vm.senders[0], rate, vm.dir / "sent")
             try:

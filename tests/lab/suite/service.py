@@ -52,6 +52,11 @@ class Khod:
         rows = self.vm.run("khoctl list").out.splitlines()
         return [r.split()[0] for r in rows[1:]]
 
+    def settled(self):
+        """Wait until khod runs, after all the starts at which it killed itself."""
+        self.vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; "
+                    "exit 1")
+
     def only_sessions(self):
         """In the fd store there are LUO sessions, one a workload, and nothing else."""
         rows = self.vm.run("systemd-analyze fdstore khod.service").out.splitlines()[1:]
@@ -156,7 +161,7 @@ def killed_at_every_fault_point_after_the_kexec(ctx):
         khod.arm(points, restart=False)
         since = len(vm.journal.lines)
         vm.kexec()
-        vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; exit 1")
+        khod.settled()
         kills = khod.kills(since)
         expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
         expect(sorted(khod.held()) == sorted(khod.made), f"lost: {set(khod.made) - set(khod.held())}")
@@ -233,7 +238,7 @@ def killed_after_a_kexec_of_its_own_for_each_point(ctx):
                 khod.arm([which], restart=False)
                 since = len(vm.journal.lines)
                 vm.kexec()
-                vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; exit 1")
+                khod.settled()
                 expect(khod.kills(since) == [point], f"{which}: killed at {khod.kills(since)}")
                 expect(sorted(khod.held()) == ["a", "b"], f"{which}: {khod.held()}")
                 done += 1
