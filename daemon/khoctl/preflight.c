@@ -4,12 +4,17 @@
 #include <stdarg.h>
 #include <unistd.h>
 
+#include "compat.h"
 #include "khoctl.h"
 
 static const char help[] =
 	"\n"
 	"Looks at everything a handover needs and says what to do about what is missing.\n"
-	"Changes nothing. Exit status 5 if a required item is missing.\n";
+	"Changes nothing. Exit status 5 if a required item is missing.\n"
+	"\n"
+	"  --kernel FILE  also compare what the kernel in FILE can take over (a bzImage or a\n"
+	"                 vmlinux, and its modules in /lib/modules) with the running one\n"
+	"  --json         print it as JSON\n";
 
 struct flight {
 	struct json j;
@@ -76,6 +81,57 @@ static void check_kernel(struct flight *p)
 		if (strstr(line, "kho=off") || strstr(line, "kho=0"))
 			item(p, "cmdline", false, true, "this kernel was booted with kho=off");
 	}
+}
+
+/* Return: whether the next kernel has what the running one would hand over as @i. */
+static bool check_entry(struct flight *p, const char *path, const struct compat *running,
+			const struct compat *next, size_t i)
+{
+	const char *string = running->entry[i].string;
+	uint32_t type = running->entry[i].type;
+	char module[64];
+
+	if (compat_has(next, type, string))
+		return true;
+	if (type == COMPAT_HANDLER &&
+	    compat_module(next->release, string, module, sizeof(module))) {
+		item(p, "next kernel", true, true, "the file handler %s is in its module %s", string,
+		     module);
+		return true;
+	}
+	item(p, "next kernel", false, true,
+	     "%s has not the %s %s of the running kernel: what depends on it would be lost", path,
+	     compat_type_name(type), string);
+	return false;
+}
+
+static void check_next_kernel(struct flight *p, const char *path)
+{
+	struct compat running, next;
+	const char *why = NULL;
+	bool all = true;
+
+	if (compat_running(&running, &why) < 0 || !running.n) {
+		item(p, "compatibility", false, true,
+		     "the running kernel does not say what it hands over (%s)",
+		     why ? why : "no live update notes in /sys/kernel/notes");
+		return;
+	}
+	if (compat_image(path, &next, &why) < 0) {
+		item(p, "next kernel", false, true, "%s cannot be read as a kernel: %s", path, why);
+		return;
+	}
+	if (!next.n) {
+		item(p, "next kernel", false, true,
+		     "%s does not say what it can take over: it was built without the live update series",
+		     path);
+		return;
+	}
+	for (size_t i = 0; i < running.n; i++)
+		all &= check_entry(p, path, &running, &next, i);
+	if (all)
+		item(p, "next kernel", true, true, "%s%s%s takes over all that this kernel hands over",
+		     path, next.release[0] ? ", " : "", next.release);
 }
 
 static void check_workload(struct flight *p, const struct kho_workload *w)
@@ -149,21 +205,28 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 {
 	static const struct option options[] = {
 		{ "json", no_argument, NULL, 'j' },
+		{ "kernel", required_argument, NULL, 'k' },
 		{},
 	};
 	struct flight p = { .j = { .f = stdout } };
+	const char *kernel = NULL;
 	int c;
 
 	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
-		if (c != 'j')
+		if (c == 'j')
+			p.json = true;
+		else if (c == 'k')
+			kernel = optarg;
+		else
 			return EXIT_USAGE;
-		p.json = true;
 	}
 	if (optind < argc)
 		return khoctl_usage(&verb_preflight, "preflight takes no argument");
 	if (p.json)
 		json_open(&p.j, NULL, '[');
 	check_kernel(&p);
+	if (kernel)
+		check_next_kernel(&p, kernel);
 	check_khod(&p, ctl);
 	if (p.json)
 		json_close(&p.j, ']');
@@ -172,7 +235,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 
 const struct verb verb_preflight = {
 	.name = "preflight",
-	.args = "[--json]",
+	.args = "[--kernel FILE] [--json]",
 	.summary = "Say whether a handover would succeed now",
 	.help = help,
 	.run = run,

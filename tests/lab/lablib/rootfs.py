@@ -36,9 +36,11 @@ SYSTEMD_AT_LEAST = "262~"
 GUEST = LAB / "guest"
 RUN_PACKAGES = ("systemd", "systemd-sysv", "dbus", "udev", "kexec-tools", "qemu-guest-agent",
                 "kmod", "procps", "iproute2", "pciutils", "strace", "util-linux", "libprotobuf-c1",
-                "libkeyutils1", "libcap2", "libssl3t64", "libuuid1")
+                "libarchive13t64", "libkmod2", "libkeyutils1", "libcap2", "libssl3t64",
+                "libuuid1")
 BUILD_PACKAGES = ("gcc", "libc6-dev", "make", "meson", "ninja-build", "pkgconf",
                   "protobuf-c-compiler", "protobuf-compiler", "libprotobuf-c-dev", "libsystemd-dev",
+                  "libarchive-dev", "libkmod-dev",
                   "libcap-dev", "libkeyutils-dev", "libssl-dev", "uuid-dev", "linux-libc-dev",
                   "dpkg-dev", "rsync")
 PACKAGES = {"run": RUN_PACKAGES, "build": RUN_PACKAGES + BUILD_PACKAGES}
