@@ -43,6 +43,37 @@
 /* The ioctl type, documented in ioctl-number.rst */
 #define LIVEUPDATE_IOCTL_TYPE		0xBA
 
+/**
+ * DOC: What a kernel can take over
+ *
+ * A kernel image and its modules carry ELF notes that name everything a live
+ * update needs the same on both sides: the versions of KHO and LUO, and the
+ * compatible string of each file handler and each FLB. The notes of the running
+ * kernel are in /sys/kernel/notes and
+ * /sys/module/<module>/notes/.note.LiveUpdate, those of a kernel that is about
+ * to be loaded in the PT_NOTE segment of the vmlinux inside its image and in the
+ * section .note.LiveUpdate of its modules. Comparing the two tells before the
+ * kexec what the next kernel could not take over.
+ *
+ * The name of each note is "LiveUpdate", its type one of
+ * &enum liveupdate_note_type, its descriptor a string with its terminating null.
+ */
+#define LIVEUPDATE_NOTE_NAME		"LiveUpdate"
+
+/**
+ * enum liveupdate_note_type - What the string in a note is
+ * @LIVEUPDATE_NOTE_KHO: The version of Kexec HandOver's ABI
+ * @LIVEUPDATE_NOTE_LUO: The version of the Live Update Orchestrator's ABI
+ * @LIVEUPDATE_NOTE_HANDLER: The compatible string of a file handler
+ * @LIVEUPDATE_NOTE_FLB: The compatible string of file lifecycle bound data
+ */
+enum liveupdate_note_type {
+	LIVEUPDATE_NOTE_KHO = 1,
+	LIVEUPDATE_NOTE_LUO = 2,
+	LIVEUPDATE_NOTE_HANDLER = 3,
+	LIVEUPDATE_NOTE_FLB = 4,
+};
+
 /* The maximum length of session name including null termination */
 #define LIVEUPDATE_SESSION_NAME_LENGTH 64
 
