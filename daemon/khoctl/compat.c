@@ -16,7 +16,7 @@
 
 #include "compat.h"
 
-#define NOTE_NAME	"LiveUpdate"
+#define NOTE_NAME	LIVEUPDATE_NOTE_NAME
 #define MODALIAS	"liveupdate-"	/* LIVEUPDATE_MODALIAS in include/linux/liveupdate.h */
 #define MAX_VMLINUX	(1U << 30)
 
@@ -50,8 +50,9 @@ static uint32_t le32(const void *p)
 static void add(struct compat *c, uint32_t type, struct bytes desc)
 {
 	const size_t max = sizeof(c->entry[0].string);
+	const size_t places = sizeof(c->entry) / sizeof(c->entry[0]);
 
-	if (type < COMPAT_KHO || type > COMPAT_FLB || c->n == sizeof(c->entry) / sizeof(c->entry[0]))
+	if (type < LIVEUPDATE_NOTE_KHO || type > LIVEUPDATE_NOTE_FLB || c->n == places)
 		return;
 	if (!desc.n || desc.n > max || desc.p[desc.n - 1])
 		return;
@@ -311,13 +312,13 @@ bool compat_module(const char *release, const char *handler, char *name, size_t 
 const char *compat_type_name(uint32_t type)
 {
 	switch (type) {
-	case COMPAT_KHO:
+	case LIVEUPDATE_NOTE_KHO:
 		return "version of KHO";
-	case COMPAT_LUO:
+	case LIVEUPDATE_NOTE_LUO:
 		return "version of LUO";
-	case COMPAT_HANDLER:
+	case LIVEUPDATE_NOTE_HANDLER:
 		return "file handler";
-	case COMPAT_FLB:
+	case LIVEUPDATE_NOTE_FLB:
 		return "shared data (FLB)";
 	default:
 		return "note";

@@ -6,21 +6,15 @@
 #ifndef KHOCTL_COMPAT_H
 #define KHOCTL_COMPAT_H
 
+#include <linux/liveupdate.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-enum compat_type {
-	COMPAT_KHO = 1,
-	COMPAT_LUO = 2,
-	COMPAT_HANDLER = 3,
-	COMPAT_FLB = 4,
-};
-
 /**
  * struct compat - what a kernel can take over
  * @n: number of strings
- * @entry: their types and the strings
+ * @entry: their types (enum liveupdate_note_type) and the strings
  * @release: of an image: what uname -r will say, "" if the image does not tell
  */
 struct compat {

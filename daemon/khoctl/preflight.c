@@ -93,7 +93,7 @@ static bool check_entry(struct flight *p, const char *path, const struct compat 
 
 	if (compat_has(next, type, string))
 		return true;
-	if (type == COMPAT_HANDLER &&
+	if (type == LIVEUPDATE_NOTE_HANDLER &&
 	    compat_module(next->release, string, module, sizeof(module))) {
 		item(p, "next kernel", true, true, "the file handler %s is in its module %s", string,
 		     module);

@@ -57,10 +57,10 @@ static size_t make_vmlinux(uint8_t *p)
 	eh->e_phentsize = sizeof(*ph);
 	eh->e_phnum = 1;
 	n += note(p + n, "Linux", 1, "luo-v0");
-	n += note(p + n, "LiveUpdate", COMPAT_LUO, "luo-v5");
-	n += note(p + n, "LiveUpdate", COMPAT_HANDLER, "memfd-v2");
+	n += note(p + n, "LiveUpdate", LIVEUPDATE_NOTE_LUO, "luo-v5");
+	n += note(p + n, "LiveUpdate", LIVEUPDATE_NOTE_HANDLER, "memfd-v2");
 	n += note(p + n, "LiveUpdate", 77, "of-a-newer-kernel");
-	n += note(p + n, "LiveUpdate", COMPAT_FLB, "pci-v1");
+	n += note(p + n, "LiveUpdate", LIVEUPDATE_NOTE_FLB, "pci-v1");
 	ph->p_type = PT_NOTE;
 	ph->p_offset = start;
 	ph->p_filesz = n - start;
@@ -106,11 +106,11 @@ static size_t make_bzimage(uint8_t *image, const char *tool)
 static void expect_notes(void)
 {
 	cr_assert(found.n == 3, "%zu notes", found.n);
-	cr_assert(compat_has(&found, COMPAT_LUO, "luo-v5"));
-	cr_assert(compat_has(&found, COMPAT_HANDLER, "memfd-v2"));
-	cr_assert(compat_has(&found, COMPAT_FLB, "pci-v1"));
-	cr_assert(!compat_has(&found, COMPAT_FLB, "memfd-v2"));
-	cr_assert(!compat_has(&found, COMPAT_LUO, "luo-v0"));
+	cr_assert(compat_has(&found, LIVEUPDATE_NOTE_LUO, "luo-v5"));
+	cr_assert(compat_has(&found, LIVEUPDATE_NOTE_HANDLER, "memfd-v2"));
+	cr_assert(compat_has(&found, LIVEUPDATE_NOTE_FLB, "pci-v1"));
+	cr_assert(!compat_has(&found, LIVEUPDATE_NOTE_FLB, "memfd-v2"));
+	cr_assert(!compat_has(&found, LIVEUPDATE_NOTE_LUO, "luo-v0"));
 }
 
 Test(compat, vmlinux)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the next kernel can take over is known before the kexec."""
+
+import shutil
+import struct
+import subprocess
+
+from lablib.check import expect, test
+
+
+def vmlinux(image):
+    """What is in the bzImage @image, whose payload is LZ4 (tests/lab/config)."""
+    (sects,) = struct.unpack_from("<B", image, 0x1f1)
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = (sects + 1) * 512 + offset
+    packed = image[start:start + length - 4]    # the last four bytes are the size
+    return subprocess.run(["lz4", "-dc"], input=packed, stdout=subprocess.PIPE, check=True).stdout
+
+
+@test(kernels=(("minimal", False, ""), ("minimal", True, "")))
+def preflight_tells_what_the_next_kernel_would_lose(ctx):
+    """The same kernel takes over all; another handler's name, no notes, half an image: obstacles."""
+    with ctx.vm(memory="1G") as vm:
+        vm.ready()
+        shutil.copy(ctx.kernel() / "bzImage", vm.share / "same")
+        shutil.copy(ctx.kernel(unpatched=True) / "bzImage", vm.share / "unpatched")
+        same = (vm.share / "same").read_bytes()
+        (vm.share / "cut").write_bytes(same[:1 << 20])
+        other = vmlinux(same)
+        expect(other.count(b"vfio-pci-v1\0") > 0, "the kernel has no note of vfio-pci's handler")
+        (vm.share / "other").write_bytes(other.replace(b"vfio-pci-v1\0", b"vfio-pci-v9\0"))
+        vm.run("kexec -s -l /lab/same --reuse-cmdline")
+        for name, status, text in (
+                ("same", 0, "/lab/same, 7.3.4-minimal takes over all"),
+                ("other", 5, "/lab/other has not the file handler vfio-pci-v1"),
+                ("unpatched", 5, "/lab/unpatched does not say what it can take over"),
+                ("cut", 5, "/lab/cut cannot be read as a kernel: it is cut off")):
+            r = vm.run(f"khoctl preflight --kernel /lab/{name}", check=False)
+            expect(r.status == status and text in r.out, f"{name}: status {r.status}: {r.out}")
