@@ -4,11 +4,28 @@
 from pathlib import Path
 
 from . import kernel, rootfs
-from .common import cache_dir, lock
+from .common import cache_dir, digest
 
 
 def full_image() -> Path:
-    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+    return rootfs.image(selftests())
+
+
+def selftests() -> Path:
+    """Upstream's selftests with the series' own.
+
+    Which folder a series led to is remembered, so that a guest can be started while
+    somebody builds in the kernel tree.
+    """
+    key = digest(kernel.recorded_version(), kernel.patches_of(kernel.patches()),
+                 rootfs.base("build").name, rootfs.BUILD_SELFTESTS)
+    known = cache_dir() / "selftests" / f"{key}.of-series"
+    if known.exists():
+        folder = known.with_name(known.read_text())
+        if folder.is_dir():
+            return folder
+    with kernel.tree_lock():
         kernel.prepare()
-        tests = rootfs.selftests(kernel.tree())
-    return rootfs.image(tests)
+        folder = rootfs.selftests(kernel.tree())
+    known.write_text(folder.name)
+    return folder

@@ -38,6 +38,12 @@ def tree() -> Path:
     return Path(os.environ.get("KHO_LINUX") or cache_dir() / "linux")
 
 
+def tree_lock():
+    """One at a time in a tree; developers with trees of their own do not wait for each other."""
+    path = tree()
+    return lock(path.with_name(path.name + ".lock"), f"the kernel tree {path}")
+
+
 def patches() -> list:
     return sorted(PATCHES.glob("[0-9][0-9][0-9][0-9]-*.patch"), key=lambda p: p.name)
 
@@ -260,7 +266,7 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
     if out.exists() and not as_is:
         os.utime(out)
         return out
-    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+    with tree_lock():
         if out.exists() and not as_is:
             return out
         src = tree()
