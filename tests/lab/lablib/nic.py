@@ -87,7 +87,7 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0) 
     while got["next"] < len(sent) and time.monotonic() < end:
         time.sleep(0.5)
         got = status(vm)
-    t = timeline.of(vm.console, start)
+    t = timeline.of(vm, start)
     return counts(vm, start, old, sent, got, t)
 
 

@@ -7,6 +7,8 @@ from lablib.check import expect, test
 
 PAGES = "/usr/lib/khod/tests/memfd-pages"
 MIB = 1 << 20
+ARMED = ("d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
+         "ln -s /usr/lib/khod-lab/khod-faults.conf $d/; systemctl daemon-reload")
 
 
 class Khod:
@@ -15,6 +17,7 @@ class Khod:
     def __init__(self, vm):
         self.vm = vm
         self.made = {}      # name -> the line memfd-pages printed of it
+        self.armed = False
 
     def points(self, *phases):
         """The named fault points of @phases, as khod itself lists them."""
@@ -24,6 +27,9 @@ class Khod:
     def arm(self, points, restart=True):
         """The next starts of khod kill themselves at @points, one each."""
         text = "".join(f"{p}\\n" for p in points)
+        if not self.armed:
+            self.vm.run(ARMED)
+            self.armed = True
         self.vm.run(f"printf '{text}' > /var/lib/lab/khod-faults; sync")
         if restart:
             self.vm.run("systemctl reset-failed khod; systemctl restart khod", check=False)
