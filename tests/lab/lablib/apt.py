@@ -34,15 +34,20 @@ def mirror() -> str:
 
 
 class Apt:
-    """apt-get and apt-cache over the suites @suites, in the cache."""
+    """apt-get and apt-cache over the suites @suites, in the folder @name of the cache.
 
-    def __init__(self, suites=SUITES):
-        self.dir = cache_dir() / "apt"
+    @status is what counts as installed, a file of dpkg's; nothing, if none is given.
+    """
+
+    def __init__(self, suites=SUITES, name="apt", status=None):
+        self.dir = cache_dir() / name
         self.suites = suites
+        self.status = status or self.dir / "status"
         for d in ("etc", "etc/preferences.d", "etc/apt.conf.d", "lists/partial",
                   "archives/partial"):
             (self.dir / d).mkdir(parents=True, exist_ok=True)
-        (self.dir / "status").touch()
+        if not status:
+            self.status.touch()
         if not KEYRING.exists():
             raise LabError(f"the keyring {KEYRING} is missing; run 'make setup'")
 
@@ -50,7 +55,7 @@ class Apt:
         d = self.dir
         opts = {"Dir::Etc": d / "etc", "Dir::Etc::SourceList": d / "etc/sources.list",
                 "Dir::Etc::SourceParts": "/dev/null", "Dir::State::Lists": d / "lists",
-                "Dir::State::status": d / "status", "Dir::Cache": d, "Dir::Cache::archives":
+                "Dir::State::status": self.status, "Dir::Cache": d, "Dir::Cache::archives":
                 d / "archives", "Acquire::Check-Valid-Until": "false", "APT::Sandbox::User": "root",
                 "APT::Get::AllowUnauthenticated": "false", "Acquire::Languages": "none",
                 "Acquire::Retries": "2"}
@@ -105,6 +110,19 @@ class Apt:
         deb = deb.rename(into / deb.name)
         tmp.rmdir()
         return deb
+
+    def download_all(self, packages) -> list:
+        """Fetch @packages (NAME or NAME/SUITE), and what they need as far as it is not installed.
+
+        Nothing is installed. The files stay in the folder's archives.
+        """
+        store = self.dir / "archives"
+        for old in store.glob("*.deb"):
+            old.unlink()
+        run(["apt-get", *self.options(), "-q", "-y", "--download-only", "--reinstall",
+             "--allow-downgrades", "--no-install-recommends", "-o", "Debug::NoLocking=1", "install", *packages],
+            what=f"fetching {', '.join(packages)}")
+        return sorted(store.glob("*.deb"))
 
 
 def newer_or_equal(a: str, b: str) -> bool:

@@ -57,3 +57,18 @@ def every_machine_comes_up(ctx):
     comes_up(ctx, "vtd-caching", ["igb"], "DMAR: IOMMU enabled")
     comes_up(ctx, "vtd-scalable", ["virtio-net"], "DMAR: IOMMU enabled")
     comes_up(ctx, "vtd-first-stage", ["nvme"], "DMAR: IOMMU enabled")
+
+
+@test()
+def the_older_qemu(ctx):
+    """Debian 12's own QEMU, by --qemu and by the profile of AMD's IOMMU; both kexec."""
+    for machine, qemu, word in (("noiommu", "7.2", None), ("amd-vi", "", "AMD-Vi: ")):
+        with ctx.vm(init="bare", machine=machine, qemu=qemu, devices=["e1000e"], name=machine) as vm:
+            vm.ready()
+            version = vm.qmp_do("query-version")["qemu"]
+            expect((version["major"], version["minor"]) == (7, 2), f"QEMU is {version}")
+            expect(not word or vm.console.find(word) is not None, f"no '{word}' on {machine}")
+            before = boot_id(vm)
+            vm.kexec()
+            expect(boot_id(vm) != before, f"{machine}: no new boot after the kexec")
+            expect(PCI_IDS["e1000e"] in vm.run("lspci -n").out, f"{machine}: the e1000e is gone")
