@@ -176,7 +176,11 @@ def check(names=(), jobs=2, unit_tests_too=False) -> int:
     outcomes = [unit_tests()] if unit_tests_too else []
     prepare(tests)
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes += pool.map(run_one, tests)
+        try:
+            outcomes += pool.map(run_one, tests)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     passed, failed, skipped = totals(outcomes)
     print(f"\n{len(tests)} tests of the lab in {time.monotonic() - start:.0f} s")
     print(f"{passed} passed, {failed} failed, {skipped} skipped")

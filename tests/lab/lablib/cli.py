@@ -3,13 +3,14 @@
 
 import argparse
 import shlex
+import signal
 import sys
 
 from . import bench, check, demo, kernel, rootfs
 from .common import LabError, cache_dir, say
 from .profiles import DEVICES, PROFILES
 from .images import full_image
-from .qemu import VM
+from .qemu import VM, kill_all
 
 
 def verb_kernel(a):
@@ -31,7 +32,7 @@ def guest(a) -> VM:
     """The guest that the options of `run` and `loop` describe."""
     return VM(kernel.build(a.kernel), full_image(), name=a.verb, machine=a.machine,
               devices=a.device, init=a.init, memory=a.memory, cpus=a.cpus, append=a.append,
-              trace=a.trace, pressure=a.pressure)
+              trace=a.trace, pressure=a.pressure, qemu=a.qemu)
 
 
 def verb_run(a):
@@ -71,13 +72,17 @@ def verb_loop(a):
 
 
 def verb_check(a):
-    if a.list:
-        for t in check.load():
-            print(f"{t.part or 'check':10} {t.name}")
-        return 0
-    if a.verb == "check-long":
-        return check.check_long(a.names, a.fresh)
-    return check.check(a.names, a.jobs, a.with_unit_tests)
+    return list_tests() if a.list else check.check(a.names, a.jobs, a.with_unit_tests)
+
+
+def verb_check_long(a):
+    return list_tests() if a.list else check.check_long(a.parts, a.fresh)
+
+
+def list_tests():
+    for t in check.load():
+        print(f"{t.part or 'check':10} {t.name}")
+    return 0
 
 
 def verb_demo(_a):
@@ -85,11 +90,18 @@ def verb_demo(_a):
 
 
 def verb_bench(a):
-    return bench.main(a.names, a.pairs)
+    return bench.main(a.names, a.pairs, a.minutes)
 
 
 def verb_cache(_a):
     print(cache_dir())
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return number
 
 
 def parser():
@@ -123,40 +135,54 @@ image    all of it as a disk image (default)""",
 
     for name, fn, text in (("run", verb_run, "boot a guest and run a command in it, or lines from stdin"),
                            ("loop", verb_loop, "kexec a guest N times in a row")):
-        g = verbs.add_parser(name, help=text, description=text)
+        g = verbs.add_parser(name, help=text, description=f"""{text}. The guest sees the folder
+`share` of the run's logs as /lab: what is put there goes in, what it writes there comes
+back. The lab says where the logs are.""")
         if name == "loop":
-            g.add_argument("count", type=int, metavar="N")
+            g.add_argument("count", type=positive, metavar="N")
             g.add_argument("--next", help="alternate with this kernel configuration")
         g.add_argument("--kernel", default="minimal", metavar="CONFIG", help="default: minimal")
-        g.add_argument("--machine", default="noiommu", help=", ".join(PROFILES))
-        g.add_argument("--device", action="append", default=[], help=", ".join(DEVICES))
+        g.add_argument("--machine", default="noiommu", metavar="PROFILE",
+                       help=", ".join(PROFILES) + " (default: noiommu)")
+        g.add_argument("--qemu", default="", metavar="SERIES",
+                       help="7.2, fetched when needed; default: the profile's, else the installed one")
+        g.add_argument("--device", action="append", default=[],
+                       help=", ".join(DEVICES) + "; can be given more than once")
         g.add_argument("--init", default="systemd" if name == "run" else "bare",
-                       choices=("systemd", "bare"))
-        g.add_argument("--memory", default="1G")
-        g.add_argument("--cpus", type=int, default=1)
+                       choices=("systemd", "bare"), help="PID 1 (default: %(default)s)")
+        g.add_argument("--memory", default="1G", help="default: 1G")
+        g.add_argument("--cpus", type=positive, default=1, help="default: 1")
         g.add_argument("--append", default="", help="more for the kernel's command line")
         g.add_argument("--trace", action="append", default=[], help="a QEMU trace event")
         g.add_argument("--pressure", action="store_true",
                        help="each new kernel poisons freed memory, uses up all that is free, compacts")
-        g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds")
+        g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds (default 600)")
         g.add_argument("command", nargs="*", metavar="COMMAND", help="after --")
         g.set_defaults(run=fn)
 
-    for name, text in (("check", "the quick tests"), ("check-long", "the long parts, named or all")):
-        t = verbs.add_parser(name, help=text, description=text)
-        t.add_argument("names", nargs="*", help="parts of names of tests, or of check-long")
-        t.add_argument("--list", action="store_true", help="list all tests and their parts")
-        t.add_argument("--jobs", type=int, default=2)
-        t.add_argument("--with-unit-tests", action="store_true", help="build on this host first")
-        t.add_argument("--fresh", action="store_true", help="run parts again that passed on this tree")
-        t.set_defaults(run=verb_check)
+    t = verbs.add_parser("check", help="the quick tests", description="""
+Run the quick tests, all or those whose names contain NAME.""")
+    t.add_argument("names", nargs="*", metavar="NAME")
+    t.add_argument("--list", action="store_true", help="list all tests and their parts")
+    t.add_argument("--jobs", type=positive, default=2, help="so many at a time (default 2)")
+    t.add_argument("--with-unit-tests", action="store_true", help="build on this host first")
+    t.set_defaults(run=verb_check)
+
+    t = verbs.add_parser("check-long", help="the long tests, in parts", description="""
+Run the parts named, or all, one test after the other. A part that has passed on this very
+tree is not run again. What each gave is written to docs/results/PART.md.""")
+    t.add_argument("parts", nargs="*", metavar="PART")
+    t.add_argument("--list", action="store_true", help="list all tests and their parts")
+    t.add_argument("--fresh", action="store_true", help="run parts again that passed on this tree")
+    t.set_defaults(run=verb_check_long)
 
     d = verbs.add_parser("demo", help="show a kexec that carries a workload's memory")
     d.set_defaults(run=verb_demo)
 
     b = verbs.add_parser("bench", help="figures, each with its baseline from the same run")
-    b.add_argument("names", nargs="*")
-    b.add_argument("--pairs", type=int, default=30, help="at most so many pairs (default 30)")
+    b.add_argument("names", nargs="*", metavar="FIGURE", help=", ".join(bench.PAIRS))
+    b.add_argument("--minutes", type=float, default=0, help="begin no pair of a figure after so long")
+    b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs (default 30)")
     b.set_defaults(run=verb_bench)
 
     c = verbs.add_parser("cache", help="print the folder of the cache")
@@ -164,8 +190,17 @@ image    all of it as a disk image (default)""",
     return p
 
 
+def interrupted(_signal, _frame):
+    """Guests and half-made folders go when the lab is ended, however that is done."""
+    kill_all()
+    raise KeyboardInterrupt
+
+
 def main():
     a = parser().parse_args()
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sig) != signal.SIG_IGN:     # nohup
+            signal.signal(sig, interrupted)
     try:
         return a.run(a) or 0
     except LabError as e:

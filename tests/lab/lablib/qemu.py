@@ -26,10 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .common import LabError, cache_dir, last_lines, need_program, say
+from .emulator import emulator
 from .profiles import device_args, profile
 
 AGENT_TIMEOUT = 180
 BOOTED = re.compile(r"Linux version (\S+)")
+LIVE = set()        # guests whose QEMU runs
 
 
 @dataclass
@@ -137,6 +139,7 @@ class VM:
     @init:    "systemd", "bare", or another program of /usr/lib/khod-lab that runs as PID 1
               (then there is no agent, and what it says comes in journal.log)
     @append:  more for the kernel's command line
+    @qemu:    QEMU's series if not the profile's: "7.2", or "" for the installed one
     @trace:   QEMU trace events
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
               compacts before anything else (with a bare init: before kexec() returns)
@@ -144,9 +147,10 @@ class VM:
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch="", pressure=False):
+                 kho_scratch="", pressure=False, qemu=""):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
+        self.emulator = emulator(qemu or profile(machine)[2])
         self.memory, self.cpus, self.append = memory, cpus, append
         self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
         self.pressure = pressure
@@ -192,7 +196,7 @@ class VM:
 
     def args(self, fds) -> list:
         d, s = self.dir, self._sockdir
-        args = [os.environ.get("KHO_QEMU", "qemu-system-x86_64"), "-name", self.name,
+        args = [self.emulator.program, "-name", self.name,
                 "-machine", "q35,usb=off,vmport=off", "-accel", self.accel,
                 "-cpu", "max" if self.accel == "tcg" else "host",
                 "-m", self.memory, "-smp", str(self.cpus), "-display", "none", "-nodefaults",
@@ -226,7 +230,6 @@ class VM:
 
     def start(self):
         need_program("qemu-img")
-        need_program("qemu-system-x86_64")
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b",
                         str(self.image), str(self.dir / "disk.qcow2")], check=True)
         qemu_ends = []
@@ -240,13 +243,20 @@ class VM:
         (self.dir / "trace.log").touch()
         with open(self.dir / "qemu.err", "wb") as err:
             self.proc = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+                                         env={**os.environ, **self.emulator.env},
                                          pass_fds=[s.fileno() for s in qemu_ends],
                                          start_new_session=True)
+        LIVE.add(self)
         for s in qemu_ends:
             s.close()
         self.console = Log(self.dir / "console.log", self.connect("con"))
         self.journal = Log(self.dir / "journal.log", self.connect("jrn"))
         self.qmp_connect()
+        unknown = re.findall(r"trace event '(\S+)' does not exist",
+                             (self.dir / "qemu.err").read_text(errors="replace"))
+        if unknown:
+            raise LabError(f"QEMU has no trace event named {', '.join(unknown)}; "
+                           f"'{self.emulator.program} -trace help' lists them")
 
     def connect(self, name: str) -> socket.socket:
         end = time.monotonic() + 20
@@ -273,6 +283,7 @@ class VM:
             except subprocess.TimeoutExpired:
                 self.proc.kill()
                 self.proc.wait()
+        LIVE.discard(self)
         for s in (self.qga, self.qmp, *self.senders):
             if s:
                 s.close()
@@ -296,8 +307,11 @@ class VM:
             answer = json.loads(self.qmp_file.readline() or "{}")
             if "return" in answer:
                 return answer["return"]
-            if "error" in answer or not answer:
-                raise LabError(f"QEMU refused {command}: {answer}")
+            if "error" in answer:
+                raise LabError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+            if not answer:
+                raise LabError(f"QEMU ended: {last_lines(self.dir / 'qemu.err', 5)}\n"
+                               f"its command is in {self.dir}/command")
 
     # --- the guest agent ---------------------------------------------------------
 
@@ -440,6 +454,12 @@ class VM:
 
     def release(self) -> str:
         return self.run("uname -r").out.strip()
+
+
+def kill_all() -> None:
+    """End every guest at once; whoever waits for one of them finds it ended."""
+    for vm in list(LIVE):
+        vm.proc.kill()
 
 
 def net_pair():

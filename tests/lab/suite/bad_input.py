@@ -164,6 +164,8 @@ def unknown_names(ctx):
     with Scratch() as s:
         s.refused(s.lab("kernel", "build", "--config", "huge"), "no kernel configuration named huge")
         s.refused(s.lab("check", "no-such-test"), "no test named no-such-test")
+        s.refused(s.lab("check-long", "no-such-part"), "no part named no-such-part")
+        s.refused(s.lab("bench", "no-such-figure"), "no figure named no-such-figure")
 
 
 @test()
