@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include <errno.h>
 #include <fcntl.h>
-#include <getopt.h>
 #include <unistd.h>
 
 #include "khoctl.h"
@@ -68,22 +67,14 @@ static void print_text(const struct kho_image *image)
 
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
-	static const struct option options[] = {
-		{ "json", no_argument, NULL, 'j' },
-		{},
-	};
 	struct kho_image *image = NULL;
 	struct kho_error *err = NULL;
 	bool json = false;
-	int c, r, fd;
+	int r, fd;
 
-	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
-		if (c != 'j')
-			return EXIT_USAGE;
-		json = true;
-	}
-	if (argc - optind != 1)
-		return khoctl_usage(&verb_inspect, "inspect which image?");
+	r = khoctl_json_option(&verb_inspect, argc, argv, 1, "inspect which image?", &json);
+	if (r > 0)
+		return r;
 	fd = open(argv[optind], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
 	if (fd < 0) {
 		fprintf(stderr, "khoctl: %s: %s\n", argv[optind], strerror(errno));

@@ -41,6 +41,23 @@ int khoctl_usage(const struct verb *verb, const char *why)
 	return EXIT_USAGE;
 }
 
+int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, const char *why,
+		       bool *json)
+{
+	static const struct option options[] = {
+		{ "json", no_argument, NULL, 'j' },
+		{},
+	};
+	int c;
+
+	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
+		if (c != 'j')
+			return EXIT_USAGE;
+		*json = true;
+	}
+	return argc - optind == n ? 0 : khoctl_usage(verb, why);
+}
+
 int khoctl_fail(int r, struct kho_error *err)
 {
 	char *text = kho_error_format(err, r);

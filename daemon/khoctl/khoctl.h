@@ -49,6 +49,15 @@ int khoctl_connect(struct khoctl *ctl, struct kho_client **ret);
 int khoctl_fail(int r, struct kho_error *err);
 /** khoctl_usage() - print how a verb is used to stderr. Return: EXIT_USAGE. */
 int khoctl_usage(const struct verb *verb, const char *why);
+/**
+ * khoctl_json_option() - parse the options of a verb that has --json and no other
+ * @n: how many arguments there must be besides, from argv[optind] on
+ * @why: what is said if there are more or fewer
+ * @json: set if --json was given
+ * Return: 0 or an exit code.
+ */
+int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, const char *why,
+		       bool *json);
 /** khoctl_secret() - read a claim secret from a file; owned by the caller. 0 or an exit code. */
 int khoctl_secret(const char *path, void **secret, size_t *size);
 

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include <errno.h>
-#include <getopt.h>
 
 #include "khoctl.h"
 
@@ -36,25 +35,17 @@ static void print_json(const struct kho_workload **w, size_t n)
 
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
-	static const struct option options[] = {
-		{ "json", no_argument, NULL, 'j' },
-		{},
-	};
 	struct kho_workloads *workloads = NULL;
 	struct kho_client *client = NULL;
 	struct kho_error *err = NULL;
 	const struct kho_workload **w;
 	bool json = false;
 	size_t n;
-	int c, r;
+	int r;
 
-	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
-		if (c != 'j')
-			return EXIT_USAGE;
-		json = true;
-	}
-	if (optind < argc)
-		return khoctl_usage(&verb_list, "list takes no names; see khoctl show");
+	r = khoctl_json_option(&verb_list, argc, argv, 0, "list takes no names; see khoctl show", &json);
+	if (r > 0)
+		return r;
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;

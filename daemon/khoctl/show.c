@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include <getopt.h>
+#include <unistd.h>
 
 #include "khoctl.h"
 
@@ -53,24 +53,16 @@ static void print_text(const struct kho_workload *w)
 
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
-	static const struct option options[] = {
-		{ "json", no_argument, NULL, 'j' },
-		{},
-	};
 	struct kho_workloads *workloads = NULL;
 	struct kho_client *client = NULL;
 	struct kho_error *err = NULL;
 	const struct kho_workload *w;
 	bool json = false;
-	int c, r;
+	int r;
 
-	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
-		if (c != 'j')
-			return EXIT_USAGE;
-		json = true;
-	}
-	if (argc - optind != 1)
-		return khoctl_usage(&verb_show, "show which workload?");
+	r = khoctl_json_option(&verb_show, argc, argv, 1, "show which workload?", &json);
+	if (r > 0)
+		return r;
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;

@@ -1,28 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-#include <getopt.h>
 
 #include "khoctl.h"
 
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
-	static const struct option options[] = {
-		{ "json", no_argument, NULL, 'j' },
-		{},
-	};
 	struct kho_client *client = NULL;
 	struct kho_status *s = NULL;
 	struct kho_error *err = NULL;
 	bool json = false;
 	char size[32];
-	int c, r;
+	int r;
 
-	while ((c = getopt_long(argc, argv, "", options, NULL)) >= 0) {
-		if (c != 'j')
-			return EXIT_USAGE;
-		json = true;
-	}
-	if (optind < argc)
-		return khoctl_usage(&verb_status, "status takes no argument");
+	r = khoctl_json_option(&verb_status, argc, argv, 0, "status takes no argument", &json);
+	if (r > 0)
+		return r;
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;
