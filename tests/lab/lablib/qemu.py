@@ -296,9 +296,12 @@ class VM:
 
     def qmp_connect(self):
         self.qmp = self.connect("qmp")
-        self.qmp.settimeout(20)
+        self.qmp.settimeout(180)        # memory that is allocated at once takes its time
         self.qmp_file = self.qmp.makefile("r")
-        self.qmp_file.readline()
+        try:
+            self.qmp_file.readline()
+        except TimeoutError:
+            raise LabError(f"QEMU does not answer; its command is in {self.dir}/command") from None
         self.qmp_do("qmp_capabilities")
 
     def qmp_do(self, command: str, **arguments):

@@ -3,7 +3,7 @@
 
 Each mark is the moment at which a line arrived at the host, and costs the guest no
 program of its own to be started. Only khod's start, which goes on beside the others, is
-told by the guest's clock, in the journal that comes later.
+asked from systemd afterwards, by the guest's clock.
 """
 
 import re
@@ -21,7 +21,7 @@ MARKS = (
     ("", r"lab: workload runs"),
 )
 STOPPED = r"lab: workload stopped"
-KHOD = re.compile(r"\[ *([\d.]+)\] systemd\[1\]: (Starting|Started) khod\.service")
+KHOD = ("InactiveExitTimestampMonotonic", "ActiveEnterTimestampMonotonic")
 PRINTK = re.compile(r"\[ *([\d.]+)\] ")
 
 
@@ -61,16 +61,17 @@ def of(vm, start: int) -> Timeline:
 def khod_start(vm, boot: float):
     """When khod.service began to start and was ready, in the kernel that booted at @boot.
 
-    The host's clock, from the guest's stamps: a line of the kernel arrives when it is written,
-    so the least difference between the two is what separates them.
+    The host's clock, from the guest's: a line of the kernel arrives when it is written, so
+    the least difference between the two is what separates them.
     """
     offset = min((x.when - float(m[1]) for x in list(vm.console.lines)
                   if x.when >= boot and (m := PRINTK.match(x))), default=None)
-    seen = {m[2]: float(m[1]) for x in list(vm.journal.lines)
-            if x.when >= boot and (m := KHOD.search(x))}
-    if offset is None or len(seen) < 2:
+    shown = vm.run(f"systemctl show -p {','.join(KHOD)} khod.service").out
+    usec = dict(line.split("=") for line in shown.splitlines())
+    begin, ready = (int(usec.get(k) or 0) / 1e6 for k in KHOD)
+    if offset is None or not begin or ready < begin:
         return None
-    return seen["Starting"] + offset, seen["Started"] + offset
+    return begin + offset, ready + offset
 
 
 def bars(t: Timeline, width: int = 50) -> str:
