@@ -35,10 +35,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/statfs.h>
-#include <sys/sysmacros.h>
 #include <time.h>
 
 #include "fault.h"
+#include "file.h"
 #include "khod.h"
 #include "log.h"
 
@@ -261,48 +261,6 @@ int image_commit(struct khod *k, struct kho_image *image, int session, struct kh
 	return 0;
 }
 
-/*
- * An iommufd or a VFIO device? Opened in this kernel it is a device node, and the kernel
- * tells which by the node's number (a path would be one of the client's mount namespace).
- * Retrieved from the previous kernel it is an anonymous inode with a name. This decides
- * about the order and the words; the kernel's handlers have the last word.
- */
-static enum kho_file_kind device_kind(struct khod *k, int fd, const struct stat *st)
-{
-	char path[64], text[512], *p;
-	ssize_t n;
-	int sys;
-
-	if (S_ISCHR(st->st_mode)) {
-		snprintf(path, sizeof(path), "/sys/dev/char/%u:%u/uevent", major(st->st_rdev),
-			 minor(st->st_rdev));
-		sys = kho_op(k->kho, open, path, O_RDONLY | O_CLOEXEC);
-		if (sys < 0)
-			return 0;
-		n = kho_op(k->kho, pread, sys, text, sizeof(text) - 1, 0);
-		kho_close(k->kho, sys);
-		if (n <= 0)
-			return 0;
-		text[n] = 0;
-		p = strstr(text, "DEVNAME=");
-		if (!p)
-			return 0;
-		p += strlen("DEVNAME=");
-		p[strcspn(p, "\n")] = 0;
-		if (strncmp(p, "vfio/devices/", strlen("vfio/devices/")) == 0)
-			return KHO_FILE_VFIO;
-		return strcmp(p, "iommu") == 0 ? KHO_FILE_IOMMUFD : 0;
-	}
-	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-	n = readlink(path, text, sizeof(text) - 1);
-	if (n <= 0)
-		return 0;
-	text[n] = 0;
-	if (strcmp(text, "anon_inode:[vfio-device]") == 0)
-		return KHO_FILE_VFIO;
-	return strcmp(text, "anon_inode:[iommufd]") == 0 ? KHO_FILE_IOMMUFD : 0;
-}
-
 /* Only what will come back as it went is taken. */
 static int file_check(struct khod *k, const char *name, int fd, struct kho_image_file *file,
 		      struct stat *st, struct kho_error **err)
@@ -314,7 +272,7 @@ static int file_check(struct khod *k, const char *name, int fd, struct kho_image
 	if (r < 0)
 		return kho_error_new(err, r, name, "cannot be examined: %s", strerror(-r));
 	file->name = name;
-	file->kind = device_kind(k, fd, st);
+	file->kind = kho_file_device_kind(k->kho, fd, st);
 	if (file->kind)
 		return 0;
 	seals = kho_op(k->kho, fcntl, fd, F_GET_SEALS, 0);

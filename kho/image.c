@@ -30,6 +30,7 @@
 #include "image.pb-c.h"
 
 #include "budget.h"
+#include "graph-codec.h"
 #include "util.h"
 
 #define SHA256_SIZE 32
@@ -77,13 +78,21 @@ struct kho_image {
 	uint8_t secret_hash[SHA256_SIZE];
 	struct file *files;
 	size_t n_files;
+	struct kho_graph *graph;
+	enum kho_outcome outcome;
+	char reason[KHO_REASON_MAX + 1];
 };
 
 /*
  * Features that this reader understands, by name. "devices": there are iommufds or
- * devices among the files. Who does not know them would discard them one by one.
+ * devices among the files. Who does not know them would discard them one by one. "graph":
+ * there is an object graph. Who does not know it would leave devices as they came.
  */
-static const char *const features[] = { "devices", NULL };
+enum { FEATURE_DEVICES, FEATURE_GRAPH, N_FEATURES };
+static const char *const features[N_FEATURES] = {
+	[FEATURE_DEVICES] = "devices",
+	[FEATURE_GRAPH] = "graph",
+};
 
 const char *kho_file_kind_name(enum kho_file_kind kind)
 {
@@ -152,6 +161,7 @@ struct kho_image *kho_image_free(struct kho_image *image)
 {
 	if (image) {
 		free(image->files);
+		kho_graph_free(image->graph);
 		OPENSSL_cleanse(image->secret_hash, sizeof(image->secret_hash));
 		free(image);
 	}
@@ -290,6 +300,116 @@ int kho_image_add_file(struct kho_image *image, const struct kho_image_file *fil
 	return 0;
 }
 
+const struct kho_graph *kho_image_graph(const struct kho_image *image)
+{
+	return image->graph;
+}
+
+static const struct file *file_by_token(const struct kho_image *image, uint64_t token,
+					enum kho_file_kind kind)
+{
+	for (size_t i = 0; i < image->n_files; i++)
+		if (image->files[i].token == token && image->files[i].kind == kind)
+			return &image->files[i];
+	return NULL;
+}
+
+/* Each token in the graph is a file of the right kind, and used once. */
+static int graph_fits(const struct kho_image *image, const struct kho_graph *graph,
+		      struct kho_error **err)
+{
+	_cleanup_free_ uint64_t *seen = NULL;
+	size_t n_seen = 0, n = graph->n_backings;
+
+	for (size_t i = 0; i < graph->n_contexts; i++)
+		n += 1 + graph->contexts[i].n_devices;
+	if (n > KHO_GRAPH_OBJECTS_MAX + 2 * (size_t)KHO_IMAGE_FILES_MAX)
+		return kho_error_new(err, EFBIG, image->name, "the graph refers to too many files");
+	seen = calloc(n + 1, sizeof(*seen));
+	if (!seen)
+		return kho_error_new(err, ENOMEM, image->name, "out of memory");
+
+	for (size_t i = 0; i < graph->n_backings; i++) {
+		seen[n_seen++] = graph->backings[i];
+		if (!file_by_token(image, graph->backings[i], KHO_FILE_MEMFD))
+			return kho_error_new(err, EINVAL, image->name,
+					     "the graph maps token %" PRIu64 ", which is no memfd of the workload",
+					     graph->backings[i]);
+	}
+	for (size_t i = 0; i < graph->n_contexts; i++) {
+		const struct kho_context *c = &graph->contexts[i];
+
+		seen[n_seen++] = c->token;
+		if (!file_by_token(image, c->token, KHO_FILE_IOMMUFD))
+			return kho_error_new(err, EINVAL, image->name,
+					     "the graph has a context with token %" PRIu64 ", which is no iommufd of the workload",
+					     c->token);
+		for (size_t k = 0; k < c->n_devices; k++) {
+			if (c->devices[k].token == 0)
+				continue;
+			seen[n_seen++] = c->devices[k].token;
+			if (!file_by_token(image, c->devices[k].token, KHO_FILE_VFIO))
+				return kho_error_new(err, EINVAL, image->name,
+						     "the graph has a device with token %" PRIu64 ", which is no device of the workload",
+						     c->devices[k].token);
+		}
+	}
+	for (size_t i = 0; i < n_seen; i++)
+		for (size_t k = 0; k < i; k++)
+			if (seen[i] == seen[k])
+				return kho_error_new(err, EINVAL, image->name,
+						     "the graph has token %" PRIu64 " twice", seen[i]);
+	return 0;
+}
+
+int kho_image_set_graph(struct kho_image *image, struct kho_graph *graph,
+			struct kho_error **err)
+{
+	int r = 0;
+
+	if (graph) {
+		r = kho_graph_check(graph, err);
+		if (r >= 0)
+			r = graph_fits(image, graph, err);
+	}
+	if (r < 0)
+		return r;
+	kho_graph_free(image->graph);
+	image->graph = graph;
+	return 0;
+}
+
+enum kho_outcome kho_image_outcome(const struct kho_image *image)
+{
+	return image->outcome;
+}
+
+const char *kho_image_reason(const struct kho_image *image)
+{
+	return image->reason;
+}
+
+void kho_image_set_outcome(struct kho_image *image, enum kho_outcome outcome, const char *reason)
+{
+	image->outcome = outcome;
+	snprintf(image->reason, sizeof(image->reason), "%s", reason ? reason : "");
+	/* It will be printed, by whoever reads the image. */
+	for (char *p = image->reason; *p; p++)
+		if ((unsigned char)*p < 0x20 || (unsigned char)*p >= 0x7f)
+			*p = '?';
+}
+
+void kho_image_drop_devices(struct kho_image *image)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < image->n_files; i++)
+		if (image->files[i].kind == KHO_FILE_MEMFD)
+			image->files[n++] = image->files[i];
+	image->n_files = n;
+	image->graph = kho_graph_free(image->graph);
+}
+
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers)
 {
 	image->handovers = handovers;
@@ -378,9 +498,11 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	_cleanup_free_ Kho__Image__File *files = NULL;
 	_cleanup_free_ Kho__Image__File **filep = NULL;
 	_cleanup_free_ uint8_t *out = NULL;
-	char *needs[] = { (char *)features[0] };
+	Kho__Image__Outcome outcome = KHO__IMAGE__OUTCOME__INIT;
+	char *needs[N_FEATURES];
 	struct header *h;
-	size_t payload;
+	size_t payload = 0;
+	int r = 0;
 
 	files = calloc(image->n_files + 1, sizeof(*files));
 	filep = calloc(image->n_files + 1, sizeof(*filep));
@@ -398,9 +520,15 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 		filep[i] = &files[i];
 	}
 
-	if (kho_image_has_devices(image)) {
-		m.must_understand = needs;
-		m.n_must_understand = 1;
+	m.must_understand = needs;
+	if (kho_image_has_devices(image))
+		needs[m.n_must_understand++] = (char *)features[FEATURE_DEVICES];
+	if (image->graph)
+		needs[m.n_must_understand++] = (char *)features[FEATURE_GRAPH];
+	if (image->outcome) {
+		outcome.kind = (Kho__Image__OutcomeKind)image->outcome;
+		outcome.reason = (char *)image->reason;
+		m.outcome = &outcome;
 	}
 	m.workload = &w;
 	m.origin = &o;
@@ -424,14 +552,25 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 		w.claim_secret = &s;
 	}
 
-	payload = kho__image__image__get_packed_size(&m);
-	if (payload > KHO_IMAGE_PAYLOAD_MAX)
-		return kho_error_new(err, E2BIG, image->name, "the image is larger than %u bytes",
-				     KHO_IMAGE_PAYLOAD_MAX);
-	out = calloc(1, sizeof(*h) + payload);
+	if (image->graph)
+		r = kho_graph_to_message(image->graph, &m, err);
+	if (r >= 0) {
+		payload = kho__image__image__get_packed_size(&m);
+		if (payload > KHO_IMAGE_PAYLOAD_MAX)
+			r = kho_error_new(err, E2BIG, image->name,
+					  "the image is larger than %u bytes", KHO_IMAGE_PAYLOAD_MAX);
+	}
+	if (r >= 0) {
+		out = malloc(sizeof(*h) + payload);
+		if (out)
+			kho__image__image__pack(&m, out + sizeof(*h));
+		else
+			r = kho_error_new(err, ENOMEM, image->name, "out of memory");
+	}
+	kho_graph_message_free(&m);
 	if (!out)
-		return kho_error_new(err, ENOMEM, image->name, "out of memory");
-	kho__image__image__pack(&m, out + sizeof(*h));
+		return r;
+	memset(out, 0, sizeof(*h));
 
 	h = (struct header *)out;
 	memcpy(h->magic, KHO_IMAGE_MAGIC, sizeof(h->magic));
@@ -498,7 +637,7 @@ static int features_check(const Kho__Image__Image *m, struct kho_error **err)
 		const char *name = m->must_understand[i];
 		bool known = false;
 
-		for (size_t j = 0; features[j]; j++)
+		for (size_t j = 0; j < N_FEATURES; j++)
 			known |= strcmp(features[j], name) == 0;
 		if (!known)
 			return kho_error_new(err, EOPNOTSUPP, "image",
@@ -562,6 +701,29 @@ static int from_message(const Kho__Image__Image *m, struct kho_image **ret,
 		};
 
 		r = kho_image_add_file(image, &file, err);
+		if (r < 0)
+			return r;
+	}
+	if (m->n_contexts > 0 || m->n_backings > 0) {
+		struct kho_graph *graph = NULL;
+
+		r = kho_graph_from_message(m, &graph, err);
+		if (r < 0)
+			return r;
+		r = kho_image_set_graph(image, graph, err);
+		if (r < 0) {
+			kho_graph_free(graph);
+			return r;
+		}
+	}
+	if (m->outcome) {
+		if (m->outcome->kind != KHO__IMAGE__OUTCOME_KIND__OUTCOME_RESTORED &&
+		    m->outcome->kind != KHO__IMAGE__OUTCOME_KIND__OUTCOME_QUIESCED)
+			return kho_error_new(err, EOPNOTSUPP, "image",
+					     "outcome %d is unknown: upgrade khod",
+					     (int)m->outcome->kind);
+		image->outcome = (enum kho_outcome)m->outcome->kind;
+		r = set_text(image->reason, KHO_REASON_MAX, m->outcome->reason, "reason", err);
 		if (r < 0)
 			return r;
 	}

@@ -30,12 +30,14 @@ int kho_iommufd_ioas_alloc(struct kho *kho, int iommufd, uint32_t *ioas_id,
 }
 
 int kho_iommufd_map_file(struct kho *kho, int iommufd, uint32_t ioas_id, int memfd,
-			 uint64_t offset, uint64_t length, uint64_t iova, struct kho_error **err)
+			 uint64_t offset, uint64_t length, uint64_t iova, uint32_t flags,
+			 struct kho_error **err)
 {
 	struct iommu_ioas_map_file arg = {
 		.size = sizeof(arg),
-		.flags = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE |
-			 IOMMU_IOAS_MAP_WRITEABLE,
+		.flags = IOMMU_IOAS_MAP_FIXED_IOVA |
+			 (flags & KHO_AREA_READABLE ? IOMMU_IOAS_MAP_READABLE : 0) |
+			 (flags & KHO_AREA_WRITEABLE ? IOMMU_IOAS_MAP_WRITEABLE : 0),
 		.ioas_id = ioas_id,
 		.fd = memfd,
 		.start = offset,
@@ -81,32 +83,25 @@ int kho_iommufd_destroy(struct kho *kho, int iommufd, uint32_t id, struct kho_er
 	return 0;
 }
 
-int kho_iommufd_next(struct kho *kho, int iommufd, uint32_t after, uint32_t *id,
-		     enum kho_iommufd_type *type, struct kho_error **err)
+int kho_iommufd_hwpt_alloc(struct kho *kho, int iommufd, uint32_t dev_id, uint32_t ioas_id,
+			   uint32_t flags, uint32_t *hwpt_id, struct kho_error **err)
 {
-	struct iommu_object_entry entry = {};
-	struct iommu_list_objects arg = {
+	struct iommu_hwpt_alloc arg = {
 		.size = sizeof(arg),
-		.entries = (uintptr_t)&entry,
-		.num = 1,
-		.entry_size = sizeof(entry),
-		.cursor = after + 1,
+		.flags = (flags & KHO_HWPT_NEST_PARENT ? IOMMU_HWPT_ALLOC_NEST_PARENT : 0) |
+			 (flags & KHO_HWPT_DIRTY ? IOMMU_HWPT_ALLOC_DIRTY_TRACKING : 0) |
+			 (flags & KHO_HWPT_PASID ? IOMMU_HWPT_ALLOC_PASID : 0),
+		.dev_id = dev_id,
+		.pt_id = ioas_id,
 	};
-	int r;
+	int r = kho_op(kho, ioctl, iommufd, IOMMU_HWPT_ALLOC, &arg);
 
-	if (after == UINT32_MAX)
-		return 0;
-	r = kho_op(kho, ioctl, iommufd, IOMMU_LIST_OBJECTS, &arg);
 	if (r < 0)
-		return kho_error_new(err, r, NULL, "cannot list the objects of the context: %s",
-				     strerror(-r));
-	if (arg.num == 0)
-		return 0;
-	*id = entry.id;
-	*type = entry.type == IOMMU_OBJECT_IOAS ? KHO_IOMMUFD_IOAS :
-		entry.type == IOMMU_OBJECT_HWPT_FROZEN ? KHO_IOMMUFD_HWPT_FROZEN :
-							 KHO_IOMMUFD_OTHER;
-	return 1;
+		return kho_error_new(err, r, NULL,
+				     "cannot allocate an HWPT of IOAS %" PRIu32 " for device %" PRIu32 ": %s",
+				     ioas_id, dev_id, strerror(-r));
+	*hwpt_id = arg.out_hwpt_id;
+	return 0;
 }
 
 static const char *const reasons[] = {

@@ -66,6 +66,11 @@ static int real_fcntl(void *u, int fd, int cmd, long arg)
 	return RET(fcntl(fd, cmd, arg));
 }
 
+static ssize_t real_readlink(void *u, const char *path, char *buf, size_t size)
+{
+	return RET(readlink(path, buf, size));
+}
+
 static int real_connect(void *u, const char *path, int timeout_msec)
 {
 	struct sockaddr_un sa = { .sun_family = AF_UNIX };
@@ -116,6 +121,7 @@ static const struct kho_ops real_ops = {
 	.pwrite = real_pwrite,
 	.fstat = real_fstat,
 	.fcntl = real_fcntl,
+	.readlink = real_readlink,
 	.connect = real_connect,
 	.sendmsg = real_sendmsg,
 	.recvmsg = real_recvmsg,
@@ -135,8 +141,8 @@ int kho_new(struct kho **ret, const struct kho_ops *ops, void *userdata)
 		ops = &real_ops;
 	if (ops->size < sizeof(*ops) || !ops->open || !ops->close || !ops->ioctl ||
 	    !ops->memfd_create || !ops->ftruncate || !ops->pread || !ops->pwrite ||
-	    !ops->fstat || !ops->fcntl || !ops->connect || !ops->sendmsg || !ops->recvmsg ||
-	    !ops->getrandom)
+	    !ops->fstat || !ops->fcntl || !ops->readlink || !ops->connect ||
+	    !ops->sendmsg || !ops->recvmsg || !ops->getrandom)
 		return -EINVAL;
 
 	kho = calloc(1, sizeof(*kho));

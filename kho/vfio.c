@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 
 /* The host's linux/stddef.h may be older than the tree's vfio.h. */
@@ -20,30 +21,65 @@ int kho_vfio_open(struct kho *kho, const char *path, struct kho_error **err)
 	return fd;
 }
 
-int kho_vfio_bind(struct kho *kho, int dev, int iommufd, struct kho_error **err)
+/* One line of it says where the device is in sysfs. */
+#define FDINFO_KEY "vfio-device-syspath:"
+
+int kho_vfio_name(struct kho *kho, int dev, char name[KHO_DEVICE_NAME_MAX + 1],
+		  struct kho_error **err)
+{
+	char path[64], text[1024], *p, *end;
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", dev);
+	fd = kho_op(kho, open, path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return kho_error_new(err, fd, path, "open: %s", strerror(-fd));
+	n = kho_op(kho, pread, fd, text, sizeof(text) - 1, 0);
+	kho_close(kho, fd);
+	if (n < 0)
+		return kho_error_new(err, (int)n, path, "read: %s", strerror((int)-n));
+	text[n] = 0;
+	p = strstr(text, FDINFO_KEY);
+	if (!p)
+		return kho_error_new(err, ENODEV, path,
+				     "does not tell which device it is (a kernel without " FDINFO_KEY ")");
+	end = p + strcspn(p, "\n");
+	*end = 0;
+	p = strrchr(p, '/');
+	if (!p || !p[1] || (size_t)(end - p) > KHO_DEVICE_NAME_MAX)
+		return kho_error_new(err, ENODEV, path, "has an unexpected path of a device");
+	strcpy(name, p + 1);
+	return 0;
+}
+
+int kho_vfio_bind(struct kho *kho, int dev, int iommufd, uint32_t *dev_id,
+		  struct kho_error **err)
 {
 	struct vfio_device_bind_iommufd arg = { .argsz = sizeof(arg), .iommufd = iommufd };
 	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_BIND_IOMMUFD, &arg);
 
 	if (r < 0)
 		return kho_error_new(err, r, NULL, "cannot bind the device: %s", strerror(-r));
+	*dev_id = arg.out_devid;
 	return 0;
 }
 
-int kho_vfio_attach(struct kho *kho, int dev, uint32_t pt_id, bool must_equal,
+int kho_vfio_attach(struct kho *kho, int dev, uint32_t *pt_id, bool must_equal,
 		    struct kho_error **err)
 {
 	struct vfio_device_attach_iommufd_pt arg = {
 		.argsz = sizeof(arg),
 		.flags = must_equal ? VFIO_DEVICE_ATTACH_MUST_EQUAL : 0,
-		.pt_id = pt_id,
+		.pt_id = *pt_id,
 	};
 	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &arg);
 
 	if (r < 0)
-		return kho_error_new(err, r, NULL, "cannot attach the device to %" PRIu32 ": %s", pt_id,
+		return kho_error_new(err, r, NULL, "cannot attach the device to %" PRIu32 ": %s", *pt_id,
 				     r == -EBADE ? "it does not translate as the current one does" :
 						   strerror(-r));
+	*pt_id = arg.pt_id;
 	return 0;
 }
 

@@ -158,13 +158,16 @@ static void map_bar(struct nic *n)
 static void new_ioas(struct nic *n, bool replace)
 {
 	struct kho_error *err = NULL, *why = NULL;
+	uint32_t pt;
 	int r;
 
 	r = kho_iommufd_ioas_alloc(n->kho, n->iommufd, &n->ioas, &err);
 	if (r >= 0)
-		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, MEM_SIZE, IOVA, &err);
+		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, MEM_SIZE, IOVA,
+					 KHO_AREA_READABLE | KHO_AREA_WRITEABLE, &err);
+	pt = n->ioas;
 	if (r >= 0)
-		r = kho_vfio_attach(n->kho, n->dev, n->ioas, replace, &err);
+		r = kho_vfio_attach(n->kho, n->dev, &pt, replace, &err);
 	if (r < 0) {
 		if (replace && kho_iommufd_obstacle(n->kho, n->iommufd, &why) > 0)
 			fprintf(stderr, "nic: %s\n", kho_error_message(why));
@@ -175,20 +178,19 @@ static void new_ioas(struct nic *n, bool replace)
 /* What the device was attached to before is of no more use. */
 static void destroy_old(struct nic *n)
 {
-	enum kho_iommufd_type type;
+	struct kho_context c = {};
 	struct kho_error *err = NULL;
-	uint32_t id = 0;
-	int r;
+	int r = kho_snapshot(n->kho, n->iommufd, &n->memfd, 1, &c, &err);
 
-	while ((r = kho_iommufd_next(n->kho, n->iommufd, id, &id, &type, &err)) > 0) {
-		if (type == KHO_IOMMUFD_OTHER || id == n->ioas)
-			continue;
-		r = kho_iommufd_destroy(n->kho, n->iommufd, id, &err);
-		if (r < 0)
-			die("old mappings", r, err);
-	}
+	for (size_t i = 0; r >= 0 && i < c.n_hwpts; i++)
+		if (c.hwpts[i].frozen)
+			r = kho_iommufd_destroy(n->kho, n->iommufd, c.hwpts[i].id, &err);
+	for (size_t i = 0; r >= 0 && i < c.n_ioas; i++)
+		if (c.ioas[i].id != n->ioas)
+			r = kho_iommufd_destroy(n->kho, n->iommufd, c.ioas[i].id, &err);
 	if (r < 0)
-		die("context", r, err);
+		die("old mappings", r, err);
+	kho_context_clear(&c);
 }
 
 static uint64_t physical(struct nic *n, uint64_t page)
@@ -321,6 +323,7 @@ static int take(struct kho_claim *claim, const char *name)
 static void resume(struct nic *n, struct kho_claim *claim)
 {
 	struct kho_error *err = NULL;
+	uint32_t id;
 	int r;
 
 	n->memfd = take(claim, "memory");
@@ -338,7 +341,7 @@ static void resume(struct nic *n, struct kho_claim *claim)
 		die("the claimed memory is not this program's", -EINVAL, NULL);
 	n->state->in_ring = receive(n);
 
-	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &err);
+	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &id, &err);
 	if (r == -EINVAL)
 		err = kho_error_free(err);	/* an earlier instance has bound it in this kernel */
 	else if (r < 0)
@@ -355,6 +358,7 @@ static void resume(struct nic *n, struct kho_claim *claim)
 static void start(struct nic *n, const char *device)
 {
 	struct kho_error *err = NULL;
+	uint32_t id;
 	int r;
 
 	new_memory(n);
@@ -364,7 +368,7 @@ static void start(struct nic *n, const char *device)
 	n->dev = kho_vfio_open(n->kho, device, &err);
 	if (n->dev < 0)
 		die("device", n->dev, err);
-	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &err);
+	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &id, &err);
 	if (r < 0)
 		die("device", r, err);
 	new_ioas(n, false);

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Writes golden/image-vN when a format version is released; N is never written again. */
+/*
+ * Writes golden/image-vN, or with the argument "devices" image-vN-devices, when a format version is released; N is never written again.
+ */
 #include "common.h"
+#include "graph-sample.h"
 
 int main(int argc, char **argv)
 {
@@ -9,6 +12,18 @@ int main(int argc, char **argv)
 	size_t size;
 	void *buf;
 
+	if (argc > 1 && strcmp(argv[1], "devices") == 0) {
+		i = sample_image();
+		kho_image_set_outcome(i, KHO_OUTCOME_RESTORED, NULL);
+		if (kho_image_set_graph(i, sample_graph(), NULL) < 0 ||
+		    kho_image_set_origin(i, "01234567-89ab-cdef-0123-456789abcdef", "7.3.4",
+					 UINT64_C(1763632801000000), NULL) < 0 ||
+		    kho_image_encode(i, &buf, &size, NULL) < 0 || fwrite(buf, 1, size, stdout) != size)
+			return 1;
+		free(buf);
+		kho_image_free(i);
+		return 0;
+	}
 	if (kho_new(&kho, NULL, NULL) < 0 ||
 	    kho_image_new(&i, "golden", 1000, "vm@1.service", NULL) < 0)
 		return 1;

@@ -8,7 +8,15 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <fcntl.h>
+#include <linux/iommufd.h>
 #include <linux/liveupdate.h>
+#ifndef __counted_by
+#define __counted_by(m)
+#endif
+#include <linux/vfio.h>
+#include <poll.h>
+#include <sys/mman.h>
 
 #include "sim-wire.h"
 #include "sim.h"
@@ -41,42 +49,159 @@ static int injected(void)
 			return _i;  \
 	} while (0)
 
-static int op_open(void *u, const char *path, int flags)
+void sim_fail(long n, int errnum)
+{
+	fail_at = n;
+	fail_errno = errnum;
+	n_calls = 0;
+}
+
+long sim_calls(void)
+{
+	return n_calls;
+}
+
+static int sim_connect(const char *name)
 {
 	struct sockaddr_un sa = { .sun_family = AF_UNIX };
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+	snprintf(sa.sun_path, sizeof(sa.sun_path), "%s/%s", getenv("KHO_SIM"), name);
+	if (fd >= 0 && connect(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0) {
+		close(fd);
+		return -ENOENT;
+	}
+	return fd < 0 ? -errno : fd;
+}
+
+static struct sim_packet q, a;
+
+/* What the simulated kernel says of a descriptor of its own. */
+static int ask(int fd, unsigned long what)
+{
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+	int got;
+
+	q.request = what;
+	q.data_size = 0;
+	if (sim_send(fd, &q, -1) < 0)
+		return -EINVAL;
+	/* Some other socket: nobody answers. */
+	if (poll(&p, 1, 500) <= 0 || sim_recv(fd, &a, &got) <= 0)
+		return -EINVAL;
+	return a.ret;
+}
+
+static int open_device(const char *path)
+{
+	int sock = sim_connect("open"), fd = -1;
+
+	if (sock < 0)
+		return sock;
+	q.request = 0;
+	q.data_size = strlen(path) + 1;
+	memcpy(q.data, path, q.data_size);
+	if (sim_send(sock, &q, -1) < 0 || sim_recv(sock, &a, &fd) <= 0)
+		a.ret = -ENOENT;
+	close(sock);
+	return a.ret < 0 ? a.ret : fd;
+}
+
+static int op_open(void *u, const char *path, int flags)
+{
 	char answer = 0;
 	int fd;
 
 	INJECT();
+	if (strcmp(path, "/dev/iommu") == 0 || strncmp(path, "/dev/vfio/", 10) == 0)
+		return open_device(path);
+	if (sscanf(path, "/proc/self/fdinfo/%d", &fd) == 1) {
+		int r = ask(fd, SIM_FDINFO);
+
+		if (r < 0)
+			return r;
+		fd = memfd_create("fdinfo", MFD_CLOEXEC);
+		return pwrite(fd, a.data, a.data_size, 0) < 0 ? -errno : fd;
+	}
 	if (strcmp(path, KHO_LUO_DEVICE) != 0)
 		return real->open(NULL, path, flags);
-	snprintf(sa.sun_path, sizeof(sa.sun_path), "%s/liveupdate", getenv("KHO_SIM"));
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	fd = sim_connect("liveupdate");
 	if (fd < 0)
-		return -errno;
-	if (connect(fd, (struct sockaddr *)&sa, sizeof(sa)) < 0 || recv(fd, &answer, 1, 0) != 1) {
-		close(fd);
-		return -ENOENT;
-	}
-	if (answer != 'k') {
+		return fd;
+	if (recv(fd, &answer, 1, 0) != 1 || answer != 'k') {
 		close(fd);
 		return answer == 'b' ? -EBUSY : -ENOENT;
 	}
 	return fd;
 }
 
-static int op_ioctl(void *u, int fd, unsigned long request, void *arg)
+static ssize_t op_readlink(void *u, const char *path, char *buf, size_t size)
 {
-	struct sim_packet q = { .request = request }, a;
-	struct liveupdate_session_preserve_fd *p = arg;
-	size_t size = *(const __u32 *)arg;
-	int send_fd = -1, got = -1, r;
+	size_t n;
+	int fd;
 
 	INJECT();
-	memcpy(q.arg, arg, size < sizeof(q.arg) ? size : sizeof(q.arg));
-	if (request == LIVEUPDATE_SESSION_PRESERVE_FD)
-		send_fd = p->fd;
-	r = sim_send(fd, &q, send_fd);
+	if (sscanf(path, "/proc/self/fd/%d", &fd) != 1 || ask(fd, SIM_WHAT) < 0)
+		return real->readlink(NULL, path, buf, size);
+	n = strlen((char *)a.data);
+	memcpy(buf, a.data, n < size ? n : size);
+	return n < size ? n : size;
+}
+
+/* The descriptor in an argument, -1: none. */
+static int fd_of(unsigned long request, const void *arg)
+{
+	switch (request) {
+	case LIVEUPDATE_SESSION_PRESERVE_FD:
+		return ((const struct liveupdate_session_preserve_fd *)arg)->fd;
+	case IOMMU_IOAS_MAP_FILE:
+		return ((const struct iommu_ioas_map_file *)arg)->fd;
+	case IOMMU_IOAS_LIST_AREAS:
+		return ((const struct iommu_ioas_list_areas *)arg)->fd;
+	case VFIO_DEVICE_BIND_IOMMUFD:
+		return ((const struct vfio_device_bind_iommufd *)arg)->iommufd;
+	}
+	return -1;
+}
+
+/* Where pointers in an argument lead to. @before: as it was given to the kernel. */
+static void copy_out(unsigned long request, const void *before)
+{
+	const struct iommu_device_info *d = before;
+	size_t n;
+
+	switch (request) {
+	case IOMMU_LIST_OBJECTS:
+		memcpy((void *)(uintptr_t)((const struct iommu_list_objects *)before)->entries, a.data,
+		       a.data_size);
+		break;
+	case IOMMU_IOAS_LIST_AREAS:
+		memcpy((void *)(uintptr_t)((const struct iommu_ioas_list_areas *)before)->entries,
+		       a.data, a.data_size);
+		break;
+	case IOMMU_GET_DEVICE_INFO:
+		memcpy((void *)(uintptr_t)d->attachments, a.data, sizeof(struct iommu_device_attachment));
+		n = a.data_size - sizeof(struct iommu_device_attachment);
+		memcpy((void *)(uintptr_t)d->name, a.data + sizeof(struct iommu_device_attachment),
+		       n < d->name_len ? n : d->name_len);
+		break;
+	}
+}
+
+static int op_ioctl(void *u, int fd, unsigned long request, void *arg)
+{
+	unsigned char before[SIM_ARG_MAX];
+	size_t size = *(const __u32 *)arg;
+	int got = -1, r;
+
+	INJECT();
+	if (size > SIM_ARG_MAX)
+		return -E2BIG;
+	q.request = request;
+	q.data_size = 0;
+	memcpy(q.arg, arg, size);
+	memcpy(before, arg, size);
+	r = sim_send(fd, &q, fd_of(request, arg));
 	if (r == -ENOTSOCK)
 		return -ENOTTY;
 	if (r < 0)
@@ -86,7 +211,8 @@ static int op_ioctl(void *u, int fd, unsigned long request, void *arg)
 		return -ENOTTY;
 	if (a.ret < 0)
 		return a.ret;
-	memcpy(arg, a.arg, size < sizeof(a.arg) ? size : sizeof(a.arg));
+	memcpy(arg, a.arg, size);
+	copy_out(request, before);
 	if (got >= 0) {
 		if (request == LIVEUPDATE_SESSION_RETRIEVE_FD)
 			((struct liveupdate_session_retrieve_fd *)arg)->fd = got;
@@ -152,6 +278,7 @@ const struct kho_ops *sim_ops(void)
 	ops.pwrite = op_pwrite;
 	ops.fstat = op_fstat;
 	ops.fcntl = op_fcntl;
+	ops.readlink = op_readlink;
 	ops.getrandom = op_getrandom;
 	return &ops;
 }

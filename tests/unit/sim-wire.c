@@ -12,7 +12,10 @@ int sim_send(int sock, const struct sim_packet *p, int fd)
 		char buf[CMSG_SPACE(sizeof(int))];
 		struct cmsghdr align;
 	} control = {};
-	struct iovec iov = { .iov_base = (void *)p, .iov_len = sizeof(*p) };
+	struct iovec iov = {
+		.iov_base = (void *)p,
+		.iov_len = offsetof(struct sim_packet, data) + p->data_size,
+	};
 	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
 
 	if (fd >= 0 && fcntl(fd, F_GETFD) >= 0) {

@@ -19,12 +19,14 @@
 
 #include <linux/liveupdate.h>
 
+#include "sim-devices.h"
 #include "sim-wire.h"
 
 #define MAX_SESSIONS 256
 #define MAX_TOKENS 640
 #define MAX_STORE 2048
 #define MAX_DEVICES 8
+#define MAX_OPEN 32	/* iommufds and VFIO devices */
 
 struct token {
 	__u64 token;
@@ -54,7 +56,8 @@ struct sim {
 	pthread_t thread;
 	bool patched, absent, ready, quit;
 	char dir[64], sock_path[96];
-	int listen_device, notify, listen_khod, wake[2], log_fd;
+	int listen_device, listen_open, notify, listen_khod, wake[2], log_fd;
+	struct simdev *dev;
 	int devices[MAX_DEVICES];
 	struct session sessions[MAX_SESSIONS];
 	struct entry store[MAX_STORE];
@@ -98,17 +101,33 @@ static struct token *token_find(struct session *ss, __u64 token)
 	return NULL;
 }
 
-static void tokens_drop(struct session *ss)
+/* Devices before what they depend on. */
+static void tokens_drop(struct sim *s, struct session *ss)
 {
-	for (size_t t = 0; t < ss->n_tokens; t++)
-		close(ss->tokens[t].fd);
+	for (size_t t = ss->n_tokens; t > 0; t--)
+		if (ss->incoming)
+			simdev_abandon(s->dev, ss->tokens[t - 1].fd);
+		else
+			simdev_unpreserve(s->dev, ss->tokens[t - 1].fd);
+	for (size_t t = ss->n_tokens; t > 0; t--)
+		close(ss->tokens[t - 1].fd);
 	ss->n_tokens = 0;
 }
 
-/* The last descriptor has gone: unpreserve, or finish; both let go of everything. */
-static void session_release(struct session *ss)
+static bool member(void *userdata, ino_t ino)
 {
-	tokens_drop(ss);
+	struct session *ss = userdata;
+
+	for (size_t t = 0; t < ss->n_tokens; t++)
+		if (ss->tokens[t].ino == ino)
+			return true;
+	return false;
+}
+
+/* The last descriptor has gone: unpreserve, or finish; both let go of everything. */
+static void session_release(struct sim *s, struct session *ss)
+{
+	tokens_drop(s, ss);
 	if (ss->server >= 0)
 		close(ss->server);
 	memset(ss, 0, sizeof(*ss));
@@ -150,7 +169,7 @@ static int session_create(struct sim *s, const char *name, int *fd)
 			continue;
 		memset(ss, 0, sizeof(*ss));
 		ss->used = true;
-		snprintf(ss->name, sizeof(ss->name), "%s", name);
+		snprintf(ss->name, sizeof(ss->name), "%.63s", name);
 		*fd = session_open(ss);
 		return *fd < 0 ? *fd : 0;
 	}
@@ -193,12 +212,14 @@ static int session_ioctl(struct sim *s, struct session *ss, struct sim_packet *p
 			r = -EEXIST;
 		else if (in < 0)
 			r = -EBADF;
-		else if (!is_memfd(in))
+		else if (!is_memfd(in) && !simdev_is(s->dev, in))
 			r = -ENOENT;
 		else if (inode_taken(s, inode_of(in)))
 			r = -EBUSY;
 		else if (ss->n_tokens == MAX_TOKENS)
 			r = -ENOSPC;
+		else if (!is_memfd(in))
+			r = simdev_preserve(s->dev, in, member, ss);
 		if (r < 0) {
 			if (in >= 0)
 				close(in);
@@ -227,7 +248,10 @@ static int session_ioctl(struct sim *s, struct session *ss, struct sim_packet *p
 	case LIVEUPDATE_SESSION_FINISH:
 		if (!ss->incoming)
 			return -EINVAL;
-		tokens_drop(ss);
+		for (size_t t = 0; t < ss->n_tokens; t++)
+			if (ss->tokens[t].retrieved && simdev_can_finish(s->dev, ss->tokens[t].fd) < 0)
+				return -EBUSY;
+		tokens_drop(s, ss);
 		return 0;
 	}
 	return -EINVAL;
@@ -235,14 +259,14 @@ static int session_ioctl(struct sim *s, struct session *ss, struct sim_packet *p
 
 static void serve_session(struct sim *s, struct session *ss)
 {
-	struct sim_packet p;
+	static struct sim_packet p;
 	int fd, r;
 
 	r = sim_recv(ss->server, &p, &fd);
 	if (r == -EAGAIN)
 		return;	/* polled before a kexec, the number is another socket's now */
 	if (r <= 0) {
-		session_release(ss);
+		session_release(s, ss);
 		return;
 	}
 	p.ret = session_ioctl(s, ss, &p, &fd);
@@ -253,7 +277,7 @@ static void serve_session(struct sim *s, struct session *ss)
 
 static void serve_device(struct sim *s, int i)
 {
-	struct sim_packet p;
+	static struct sim_packet p;
 	int fd, out = -1, r;
 
 	r = sim_recv(s->devices[i], &p, &fd);
@@ -275,6 +299,25 @@ static void serve_device(struct sim *s, int i)
 	(void)sim_send(s->devices[i], &p, out);
 	if (out >= 0)
 		close(out);
+}
+
+/* A device node is opened: one packet with its path, one with the descriptor. */
+static void serve_open(struct sim *s)
+{
+	static struct sim_packet p;
+	int fd, in, sock = accept4(s->listen_open, NULL, NULL, SOCK_CLOEXEC);
+
+	if (sock < 0)
+		return;
+	if (sim_recv(sock, &p, &in) > 0) {
+		fd = simdev_open(s->dev, (char *)p.data);
+		p.ret = fd < 0 ? fd : 0;
+		p.data_size = 0;
+		(void)sim_send(sock, &p, fd);
+		if (fd >= 0)
+			close(fd);
+	}
+	close(sock);
 }
 
 static void store_remove(struct sim *s, const char *name)
@@ -390,14 +433,21 @@ static void *serve(void *arg)
 	struct sim *s = arg;
 
 	for (;;) {
-		struct pollfd p[3 + MAX_DEVICES + MAX_SESSIONS];
-		int what[3 + MAX_DEVICES + MAX_SESSIONS];
+		struct pollfd p[4 + MAX_DEVICES + MAX_SESSIONS + MAX_OPEN];
+		int what[4 + MAX_DEVICES + MAX_SESSIONS + MAX_OPEN], open_fds[MAX_OPEN];
+		size_t n_open;
 		int n = 0;
 
 		pthread_mutex_lock(&s->lock);
 		p[n++] = (struct pollfd){ .fd = s->wake[0], .events = POLLIN };
 		p[n++] = (struct pollfd){ .fd = s->listen_device, .events = POLLIN };
 		p[n++] = (struct pollfd){ .fd = s->notify, .events = POLLIN };
+		p[n++] = (struct pollfd){ .fd = s->listen_open, .events = POLLIN };
+		n_open = simdev_sockets(s->dev, open_fds, MAX_OPEN);
+		for (size_t i = 0; i < n_open; i++) {
+			what[n] = -1;
+			p[n++] = (struct pollfd){ .fd = open_fds[i], .events = POLLIN };
+		}
 		for (int i = 0; i < MAX_DEVICES; i++)
 			if (s->devices[i] >= 0) {
 				what[n] = i;
@@ -427,10 +477,14 @@ static void *serve(void *arg)
 			serve_notify(s);
 		if (p[1].revents)
 			accept_device(s);
-		for (int i = 3; i < n; i++) {
+		if (p[3].revents)
+			serve_open(s);
+		for (int i = 4; i < n; i++) {
 			if (!p[i].revents)
 				continue;
-			if (what[i] < MAX_DEVICES) {
+			if (what[i] < 0) {
+				simdev_serve(s->dev, p[i].fd);
+			} else if (what[i] < MAX_DEVICES) {
 				if (s->devices[what[i]] == p[i].fd)
 					serve_device(s, what[i]);
 			} else if (s->sessions[what[i] - MAX_DEVICES].server == p[i].fd) {
@@ -470,6 +524,8 @@ struct sim *sim_new(bool patched)
 		abort();
 	snprintf(s->sock_path, sizeof(s->sock_path), "%s/khod.sock", s->dir);
 	s->listen_device = bind_at(s->dir, "liveupdate", SOCK_SEQPACKET, true);
+	s->listen_open = bind_at(s->dir, "open", SOCK_SEQPACKET, true);
+	s->dev = simdev_new();
 	s->notify = bind_at(s->dir, "notify", SOCK_DGRAM, false);
 	s->listen_khod = bind_at(s->dir, "khod.sock", SOCK_SEQPACKET, true);
 	s->log_fd = memfd_create("log", MFD_CLOEXEC);
@@ -486,7 +542,7 @@ static void wake(struct sim *s)
 
 void sim_free(struct sim *s)
 {
-	static const char *const names[] = { "liveupdate", "notify", "khod.sock", "lock" };
+	static const char *const names[] = { "liveupdate", "notify", "khod.sock", "lock", "open" };
 
 	if (s->pid > 0) {
 		kill(s->pid, SIGKILL);
@@ -501,11 +557,13 @@ void sim_free(struct sim *s)
 		close(s->store[i].fd);
 	for (int i = 0; i < MAX_SESSIONS; i++)
 		if (s->sessions[i].used)
-			session_release(&s->sessions[i]);
+			session_release(s, &s->sessions[i]);
 	for (int i = 0; i < MAX_DEVICES; i++)
 		if (s->devices[i] >= 0)
 			close(s->devices[i]);
+	simdev_free(s->dev);
 	close(s->listen_device);
+	close(s->listen_open);
 	close(s->notify);
 	close(s->listen_khod);
 	close(s->wake[0]);
@@ -629,8 +687,9 @@ pid_t sim_start(struct sim *s, const char *fault, const char *fail)
 static void settle(struct sim *s)
 {
 	for (int quiet = 0, tries = 0; quiet < 3; tries++) {
-		struct pollfd p[1 + MAX_DEVICES + MAX_SESSIONS];
-		int n = 0;
+		struct pollfd p[1 + MAX_DEVICES + MAX_SESSIONS + MAX_OPEN];
+		int n = 0, open_fds[MAX_OPEN];
+		size_t n_open;
 
 		pthread_mutex_lock(&s->lock);
 		p[n++] = (struct pollfd){ .fd = s->notify, .events = POLLIN };
@@ -640,6 +699,9 @@ static void settle(struct sim *s)
 		for (int i = 0; i < MAX_SESSIONS; i++)
 			if (s->sessions[i].used && s->sessions[i].server >= 0)
 				p[n++] = (struct pollfd){ .fd = s->sessions[i].server, .events = POLLIN };
+		n_open = simdev_sockets(s->dev, open_fds, MAX_OPEN);
+		for (size_t i = 0; i < n_open; i++)
+			p[n++] = (struct pollfd){ .fd = open_fds[i], .events = POLLIN };
 		quiet = poll(p, n, 0) == 0 ? quiet + 1 : 0;
 		pthread_mutex_unlock(&s->lock);
 		if (tries > 20000)
@@ -700,7 +762,9 @@ void sim_kexec(struct sim *s)
 	/* Old kernel: PID 1 preserves its store; what is in a session already it cannot. */
 	for (size_t i = 0; i < s->n_store; i++) {
 		struct session *ss = session_of(s, s->store[i].fd);
-		bool keep = ss ? !ss->incoming : !inode_taken(s, inode_of(s->store[i].fd));
+		/* Devices alone it cannot, without what they depend on. */
+		bool keep = ss ? !ss->incoming : is_memfd(s->store[i].fd) &&
+						 !inode_taken(s, inode_of(s->store[i].fd));
 
 		if (!keep) {
 			close(s->store[i].fd);
@@ -721,7 +785,7 @@ void sim_kexec(struct sim *s)
 		if (!ss->used)
 			continue;
 		if (ss->incoming) {
-			session_release(ss);
+			session_release(s, ss);
 			continue;
 		}
 		close(ss->server);
@@ -729,9 +793,20 @@ void sim_kexec(struct sim *s)
 		ss->client_ino = 0;
 		ss->incoming = true;
 		ss->retrieved = false;
-		for (size_t t = 0; t < ss->n_tokens; t++)
-			ss->tokens[t].retrieved = false;
+		for (size_t t = 0; t < ss->n_tokens; t++) {
+			struct token *tok = &ss->tokens[t];
+			int fd;
+
+			tok->retrieved = false;
+			if (is_memfd(tok->fd))
+				continue;
+			fd = simdev_kexec(s->dev, tok->fd);
+			close(tok->fd);
+			tok->fd = fd;
+			tok->ino = inode_of(fd);
+		}
 	}
+	simdev_kexec_end(s->dev);
 	/* New kernel: PID 1 gets it all back under the same names. */
 	s->n_store = 0;
 	for (size_t i = 0; i < n; i++) {
@@ -789,6 +864,18 @@ size_t sim_khod_fds(struct sim *s)
 	if (d)
 		closedir(d);
 	return n;
+}
+
+struct simdev *sim_lock_devices(struct sim *s)
+{
+	settle(s);
+	pthread_mutex_lock(&s->lock);
+	return s->dev;
+}
+
+void sim_unlock_devices(struct sim *s)
+{
+	pthread_mutex_unlock(&s->lock);
 }
 
 const char *sim_log(struct sim *s)

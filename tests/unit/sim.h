@@ -55,6 +55,15 @@ size_t sim_khod_fds(struct sim *s);
 /* What khod wrote to stderr since sim_new(), terminated. */
 const char *sim_log(struct sim *s);
 
+/* The simulated devices (sim-devices.h), once everything that was closed has been seen. */
+struct simdev *sim_lock_devices(struct sim *s);
+void sim_unlock_devices(struct sim *s);
+
+/* In this process: the @n-th call through sim_ops() from now on fails; 0: none does. */
+void sim_fail(long n, int errnum);
+/* How many there were since. */
+long sim_calls(void);
+
 /* The table of operations of a process whose KHO_SIM is set; for khod-sim. */
 const struct kho_ops *sim_ops(void);
 

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <kho/error.h>
+#include <kho/graph.h>
 #include <kho/ops.h>
 
 #ifdef __cplusplus
@@ -36,6 +37,21 @@ enum kho_file_kind {
 	KHO_FILE_MEMFD = 1,
 	KHO_FILE_IOMMUFD = 2,
 	KHO_FILE_VFIO = 3,		/* a device's cdev */
+};
+
+/** KHO_REASON_MAX - bytes in the reason of an outcome, without the NUL; longer ones are cut */
+#define KHO_REASON_MAX 511
+
+/**
+ * enum kho_outcome - how a workload's devices came out of the last handover
+ * @KHO_OUTCOME_NONE: there was none, or no devices
+ * @KHO_OUTCOME_RESTORED: under new page tables, DMA never stopped
+ * @KHO_OUTCOME_QUIESCED: stopped; the memory is all that is left
+ */
+enum kho_outcome {
+	KHO_OUTCOME_NONE = 0,
+	KHO_OUTCOME_RESTORED = 1,
+	KHO_OUTCOME_QUIESCED = 2,
 };
 
 /** kho_file_kind_name() - "memfd" etc.; NULL for an unknown kind; static */
@@ -122,6 +138,29 @@ int kho_image_file(const struct kho_image *image, size_t index, struct kho_image
  */
 int kho_image_add_file(struct kho_image *image, const struct kho_image_file *file,
 		       struct kho_error **err);
+
+/** kho_image_graph() - what is in the workload's iommufds; NULL if nothing is; owned by the image */
+const struct kho_graph *kho_image_graph(const struct kho_image *image);
+
+/**
+ * kho_image_set_graph() - say what is in the workload's iommufds
+ * @image: with all of its files
+ * @graph: owned by the image on success; NULL: nothing
+ * @err: error
+ *
+ * Return: 0, -EINVAL (it refers to files that the workload does not have), else as
+ * kho_graph_check().
+ */
+int kho_image_set_graph(struct kho_image *image, struct kho_graph *graph,
+			struct kho_error **err);
+
+enum kho_outcome kho_image_outcome(const struct kho_image *image);
+/** kho_image_reason() - why the outcome is not better; "" if there is no reason */
+const char *kho_image_reason(const struct kho_image *image);
+/** kho_image_set_outcome() - @reason: one sentence, copied; NULL: none */
+void kho_image_set_outcome(struct kho_image *image, enum kho_outcome outcome, const char *reason);
+/** kho_image_drop_devices() - only the memfds are left: no iommufd, no device, no graph */
+void kho_image_drop_devices(struct kho_image *image);
 
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers);
 void kho_image_set_registered_usec(struct kho_image *image, uint64_t usec);

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include <kho/error.h>
+#include <kho/graph.h>
 #include <kho/ops.h>
 
 #ifdef __cplusplus
@@ -43,7 +44,7 @@ int kho_iommufd_ioas_alloc(struct kho *kho, int iommufd, uint32_t *ioas_id,
 			   struct kho_error **err);
 
 /**
- * kho_iommufd_map_file() - map a piece of a memfd at a fixed IOVA, for reading and writing
+ * kho_iommufd_map_file() - map a piece of a memfd at a fixed IOVA
  * @kho: handle
  * @iommufd: the context, borrowed
  * @ioas_id: the IOAS
@@ -51,12 +52,14 @@ int kho_iommufd_ioas_alloc(struct kho *kho, int iommufd, uint32_t *ioas_id,
  * @offset: in the memfd, bytes
  * @length: bytes
  * @iova: where
+ * @flags: enum kho_area_flags
  * @err: error
  *
  * Return: 0; -EBUSY (the context is preserved), -EEXIST (something is mapped there), -errno.
  */
 int kho_iommufd_map_file(struct kho *kho, int iommufd, uint32_t ioas_id, int memfd,
-			 uint64_t offset, uint64_t length, uint64_t iova, struct kho_error **err);
+			 uint64_t offset, uint64_t length, uint64_t iova, uint32_t flags,
+			 struct kho_error **err);
 
 /**
  * kho_iommufd_noiommu_pa() - the physical address behind an IOVA, for a device without an IOMMU
@@ -84,25 +87,20 @@ int kho_iommufd_noiommu_pa(struct kho *kho, int iommufd, uint32_t ioas_id, uint6
  */
 int kho_iommufd_destroy(struct kho *kho, int iommufd, uint32_t id, struct kho_error **err);
 
-enum kho_iommufd_type {
-	KHO_IOMMUFD_OTHER = 0,
-	KHO_IOMMUFD_IOAS,
-	KHO_IOMMUFD_HWPT_FROZEN,	/* a page table of the previous kernel */
-};
-
 /**
- * kho_iommufd_next() - enumerate the objects of a context by ascending id
+ * kho_iommufd_hwpt_alloc() - a new HWPT with the mappings of an IOAS
  * @kho: handle
  * @iommufd: the context, borrowed
- * @after: an id, 0 for the first object
- * @id: receives the id of the next object
- * @type: receives its type
+ * @dev_id: a device that it is to be used for
+ * @ioas_id: the IOAS
+ * @flags: of enum kho_hwpt_flags: NEST_PARENT, DIRTY, PASID; others say nothing here
+ * @hwpt_id: receives its id
  * @err: error
  *
- * Return: 1, 0 (there is no further one), -ENOTTY (an older kernel), -errno.
+ * Return: 0, -EBUSY (the context is preserved), -errno.
  */
-int kho_iommufd_next(struct kho *kho, int iommufd, uint32_t after, uint32_t *id,
-		     enum kho_iommufd_type *type, struct kho_error **err);
+int kho_iommufd_hwpt_alloc(struct kho *kho, int iommufd, uint32_t dev_id, uint32_t ioas_id,
+			   uint32_t flags, uint32_t *hwpt_id, struct kho_error **err);
 
 /**
  * kho_iommufd_obstacle() - why could a context not be preserved, or a device not be moved?

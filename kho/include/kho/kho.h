@@ -4,10 +4,13 @@
 
 #include <kho/client.h>
 #include <kho/error.h>
+#include <kho/graph.h>
 #include <kho/image.h>
 #include <kho/iommufd.h>
 #include <kho/luo.h>
 #include <kho/ops.h>
+#include <kho/restore.h>
+#include <kho/snapshot.h>
 #include <kho/vfio.h>
 
 #endif

@@ -23,6 +23,7 @@ extern "C" {
  * @pwrite: pwrite(2)
  * @fstat: fstat(2)
  * @fcntl: fcntl(2) with an integer argument
+ * @readlink: readlink(2)
  * @connect: a connected, close-on-exec SOCK_SEQPACKET socket to the AF_UNIX
  *	path, on which sends and receives give up with EAGAIN after
  *	@timeout_msec
@@ -44,6 +45,7 @@ struct kho_ops {
 	ssize_t (*pwrite)(void *userdata, int fd, const void *buf, size_t count, off_t offset);
 	int (*fstat)(void *userdata, int fd, struct stat *st);
 	int (*fcntl)(void *userdata, int fd, int cmd, long arg);
+	ssize_t (*readlink)(void *userdata, const char *path, char *buf, size_t size);
 	int (*connect)(void *userdata, const char *path, int timeout_msec);
 	ssize_t (*sendmsg)(void *userdata, int fd, const struct msghdr *msg, int flags);
 	ssize_t (*recvmsg)(void *userdata, int fd, struct msghdr *msg, int flags);

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include <kho/error.h>
+#include <kho/graph.h>
 #include <kho/ops.h>
 
 #ifdef __cplusplus
@@ -26,29 +27,43 @@ extern "C" {
 int kho_vfio_open(struct kho *kho, const char *path, struct kho_error **err);
 
 /**
+ * kho_vfio_name() - which device is it?
+ * @kho: handle
+ * @dev: the device, borrowed, opened or retrieved
+ * @name: receives its name in sysfs, without the bus, terminated
+ * @err: error
+ *
+ * Return: 0, -ENODEV (the kernel does not tell), -errno.
+ */
+int kho_vfio_name(struct kho *kho, int dev, char name[KHO_DEVICE_NAME_MAX + 1],
+		  struct kho_error **err);
+
+/**
  * kho_vfio_bind() - bind a device to a context
  * @kho: handle
  * @dev: the device, borrowed
  * @iommufd: the context, borrowed
+ * @dev_id: receives the id of the device in the context
  * @err: error
  *
  * A device that was carried over a kexec has to be bound to the context that was
  * carried over with it, and is attached to its frozen HWPT from then on.
  * Return: 0, -EINVAL (bound already), -EBUSY (another context), -errno.
  */
-int kho_vfio_bind(struct kho *kho, int dev, int iommufd, struct kho_error **err);
+int kho_vfio_bind(struct kho *kho, int dev, int iommufd, uint32_t *dev_id,
+		  struct kho_error **err);
 
 /**
  * kho_vfio_attach() - attach a device to an IOAS or HWPT, in place of what it is attached to
  * @kho: handle
  * @dev: the device, borrowed, bound
- * @pt_id: the IOAS or HWPT
+ * @pt_id: the IOAS or HWPT; receives the HWPT
  * @must_equal: only replace, and only by the very same translations
  * @err: error
  *
  * Return: 0, -EBADE (not equal), -EBUSY (the device is preserved), -errno.
  */
-int kho_vfio_attach(struct kho *kho, int dev, uint32_t pt_id, bool must_equal,
+int kho_vfio_attach(struct kho *kho, int dev, uint32_t *pt_id, bool must_equal,
 		    struct kho_error **err);
 
 /**

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The devices of the simulated kernel: iommufds and VFIO devices, as far as they matter for
+ * a handover. A device that runs must be attached to a page table at every moment, and
+ * what the table maps must not change under it: whoever breaks that is remembered.
+ */
+#ifndef SIM_DEVICES_H
+#define SIM_DEVICES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+
+#include "sim-wire.h"
+
+struct simdev;
+
+struct simdev *simdev_new(void);
+void simdev_free(struct simdev *d);
+
+/* A new iommufd, or the VFIO device of that name below /dev/vfio/devices. Return: fd, -errno. */
+int simdev_open(struct simdev *d, const char *path);
+/* Our ends of everything that is open. Return: how many. */
+size_t simdev_sockets(struct simdev *d, int *fds, size_t max);
+/* @sock is one of these and can be read. */
+void simdev_serve(struct simdev *d, int sock);
+
+/* LUO's handlers. @member: is the file with this inode in the session already? */
+bool simdev_is(struct simdev *d, int fd);
+int simdev_preserve(struct simdev *d, int fd, bool (*member)(void *, ino_t), void *userdata);
+void simdev_unpreserve(struct simdev *d, int fd);
+int simdev_can_finish(struct simdev *d, int fd);
+void simdev_abandon(struct simdev *d, int fd);
+/*
+ * The kernel is replaced: of the file @fd what comes out on the other side, a new descriptor.
+ * Everything that is not handed over in this way is lost at simdev_kexec_end().
+ */
+int simdev_kexec(struct simdev *d, int fd);
+void simdev_kexec_end(struct simdev *d);
+
+/* The first rule that was broken; NULL. */
+const char *simdev_violation(struct simdev *d);
+/* Does the device of that name do DMA? */
+bool simdev_running(struct simdev *d, const char *name);
+/* "frozen", "paging", "none": what it is attached to. */
+const char *simdev_attached(struct simdev *d, const char *name);
+/* From now on every replace that must be equal is refused. */
+void simdev_refuse_replace(struct simdev *d, bool refuse);
+
+#endif
