@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import disk
 from .common import LabError, cache_dir, last_lines, need_program, say
 from .emulator import emulator
 from .profiles import device_args, profile
@@ -141,19 +142,21 @@ class VM:
     @append:  more for the kernel's command line
     @qemu:    QEMU's series if not the profile's: "7.2", or "" for the installed one
     @trace:   QEMU trace events
+    @disk_options: more for the -drive of each nvme, such as throttling
+    @arguments: more for QEMU
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
               compacts before anything else (with a bare init: before kexec() returns)
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch="", pressure=False, qemu=""):
+                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=()):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
         self.emulator = emulator(qemu or profile(machine)[2])
         self.memory, self.cpus, self.append = memory, cpus, append
         self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
-        self.pressure = pressure
+        self.pressure, self.disk, self.arguments = pressure, disk_options, list(arguments)
         runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
         runs.mkdir(parents=True, exist_ok=True)
         prune_runs(runs)
@@ -215,16 +218,16 @@ class VM:
         if self.prealloc:
             args += ["-object", f"memory-backend-ram,id=ram,size={self.memory},prealloc=on",
                      "-machine", "memory-backend=ram"]
-        args += profile(self.machine)[0]
+        args += [*profile(self.machine)[0], *self.arguments]
         args += [x for e in self.trace for x in ("-trace", e)]
         nets, disks = [], []
         for i, fd in enumerate(fds):
             args += ["-netdev", f"dgram,id=net{i},local.type=fd,local.str={fd}"]
             nets.append(f"net{i}")
         for i in range(self.devices.count("nvme")):
-            args += ["-drive", f"file={d}/nvme{i}.raw,if=none,id=nvme{i},format=raw"]
-            (d / f"nvme{i}.raw").touch()
-            os.truncate(d / f"nvme{i}.raw", 256 << 20)
+            args += ["-drive", f"file={d}/nvme{i}.raw,if=none,id=nvme{i},format=raw"
+                     + (f",{self.disk}" if self.disk else "")]
+            disk.make(d / f"nvme{i}.raw")
             disks.append(f"nvme{i}")
         return args + device_args(self.devices, iter(nets), iter(disks))
 

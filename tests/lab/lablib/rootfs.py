@@ -412,29 +412,34 @@ def selftests(tree: Path) -> Path:
 
 
 def guest_programs() -> Path:
-    """A folder with the lab's own programs in the guest (guest/*.c), linked statically.
+    """A folder with the lab's own programs in the guest (guest/*.c, and folders there
+    with a main.c), linked statically.
 
     They see the series' uAPI headers, of which libkho keeps copies.
 
     bare-init is the PID 1 of guests that boot without systemd.
     """
     build = base("build")
-    sources = sorted(GUEST.glob("*.c"))
+    sources = {s.stem: [s] for s in sorted(GUEST.glob("*.c"))}
+    sources |= {d.parent.name: sorted(d.parent.glob("*.c")) for d in GUEST.glob("*/main.c")}
+    files = sorted([*GUEST.glob("*.c"), *GUEST.glob("*/*.[ch]")])
     uapi = PROJECT / "kho" / "uapi"
-    key = digest(build.name, *(s.name for s in sources), *sources, *sorted(uapi.glob("linux/*.h")))
+    key = digest(build.name, *(str(f.relative_to(GUEST)) for f in files), *files,
+                 *sorted(uapi.glob("linux/*.h")))
     target = cache_dir() / "guest-programs" / key
     with lock(cache_dir() / "guest-programs" / "lock", "the guest's programs"):
         if not target.exists():
             check_privileges()
             log = log_for("guest-programs")
             with making(target) as tmp:
-                for source in sources:
+                for name, own in sources.items():
                     run(inside(build / "root",
                                ["gcc", "-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra",
-                                "-Werror", "-static", "-s", "-I/tmp/uapi", "-o", f"/tmp/out/{source.stem}",
-                                f"/tmp/src/{source.name}"], ro={"src": GUEST, "uapi": uapi},
-                               rw={"out": tmp}),
-                        log=log, what=f"building {source.name} for the guest")
+                                "-Werror", "-static", "-pthread", "-s", "-I/tmp/uapi",
+                                "-o", f"/tmp/out/{name}",
+                                *(f"/tmp/src/{s.relative_to(GUEST)}" for s in own)],
+                               ro={"src": GUEST, "uapi": uapi}, rw={"out": tmp}),
+                        log=log, what=f"building {name} for the guest")
     return target
 
 

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * dma-guest: the guest's half of the DMA tests, PID 1 instead of an init
+ *
+ * Drives a device from userspace through VFIO, behind an IOMMU if there is one and in
+ * no-IOMMU mode otherwise. Queues, buffers and this program's own counters live in
+ * one memfd that is mapped into an IOAS by IOMMU_IOAS_MAP_FILE. At a chosen moment
+ * memfd, iommufd and device are preserved in one LUO session and the kernel is
+ * replaced by kexec; the program starts again as PID 1 of the next kernel, takes all of
+ * it back, and looks at what the device wrote while nobody was there.
+ *
+ * What it prints (on ttyS1) is judged by suite/dma.py; lines start with "DMA: ". The
+ * kernel that comes next is /lab/next, on the share with the host.
+ *
+ * Parameters (kernel command line):
+ *   dma.device=  e1000e (default), igb or nvme
+ *   dma.mode=    what to do instead of the plain run, see modes.c
+ *   dma.kexecs=N how many to do in a row
+ *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
+ *   dma.fill=1   fill free memory before anything is retrieved
+ *   dma.replaces=N how often the mode "replace" does it
+ *   dma.stage=K, dma.left=M are set by itself
+ */
+#ifndef DMA_GUEST_H
+#define DMA_GUEST_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define PAGE		4096u
+#define QUEUE_SIZE	(2u << 20)	/* one contiguous piece, for queues */
+#define BUF_SIZE	(8u << 20)
+#define BUF_OFF		QUEUE_SIZE
+#define STATE_OFF	(BUF_OFF + BUF_SIZE)
+#define STATE_SIZE	(2u << 20)
+#define MEM_SIZE	(STATE_OFF + STATE_SIZE)
+#define NPAGES		(MEM_SIZE / PAGE)
+#define IOVA		0x100000000ull
+#define MAX_VECTORS	16
+
+#define BDF		"0000:01:00.0"
+#define BDF2		"0000:02:00.0"
+#define PCI_DEVICE	"/sys/bus/pci/devices/"
+
+enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3 };
+
+struct nic_state {
+	uint32_t next;		/* descriptor to look at next */
+	uint32_t tail;		/* what the tail register was set to last */
+	uint64_t expect;	/* next sequence number */
+	uint64_t received;
+	uint64_t lost;
+	uint64_t doubled;
+	uint64_t bad;
+	uint64_t incomplete;
+};
+
+#define NVME_QUEUES	8u
+#define NVME_DEPTH	125u		/* commands in flight in each queue */
+
+struct nvme_state {
+	struct nvme_queue {
+		uint32_t tail, head, phase;
+		struct nvme_read {
+			uint32_t chunk;	/* of the disk */
+			bool busy;
+		} read[NVME_DEPTH];
+	} queue[NVME_QUEUES];
+	uint32_t next_chunk;
+	uint64_t completed;
+	uint64_t failed;	/* with an error of the device */
+	uint64_t bad;		/* with wrong data */
+};
+
+/* What survives in the memfd, at STATE_OFF. */
+struct state {
+	uint64_t pa[NPAGES];
+	union {
+		struct nic_state nic;
+		struct nvme_state nvme;
+	};
+};
+_Static_assert(sizeof(struct state) <= STATE_SIZE, "no room for the state");
+
+/*
+ * A kind of device.
+ *
+ * @vectors: How many it uses with dma.irq=1.
+ * @start:   From bound, attached and a bus master to doing DMA.
+ * @take:    Take what is complete, and if @give (and the BAR is mapped) let the device
+ *           use its place again. Returns how much it was.
+ * @resume:  The BAR is mapped again, in the next kernel.
+ * @report:  Say RESULT, at the very end.
+ */
+struct driver {
+	const char *name;
+	unsigned int vectors;
+	void (*start)(bool irq);
+	uint64_t (*take)(bool give);
+	void (*resume)(void);
+	void (*report)(void);
+};
+
+extern const struct driver *const e1000e, *const igb, *const nvme;
+extern const struct driver *driver;
+
+/* nvme.c: so many reads in each queue, all of which complete during a blackout */
+#define NVME_PENDING	20u
+void nvme_post(uint32_t each);
+
+extern bool stopping;		/* nothing new is to be started */
+
+/* base.c */
+extern char cmdline[4096];
+double now(void);
+void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+void __attribute__((noreturn)) die(const char *what);
+void check(long ret, const char *what);
+void must(int ret, const char *what);
+void verdict(bool ok, const char *what, int ret);
+int put(const char *path, const char *val);
+const char *param(const char *name, const char *dflt);
+
+/* memory.c */
+extern uint8_t *mem;
+extern struct state *st;
+extern int memfd;
+int new_memfd(const char *name, size_t size);
+void map_mem(void);
+void note_pages(void);
+void check_pages(void);
+uint64_t dma_addr(uint32_t off);
+void fill_memory(void);
+void check_filler(void);
+
+/* iommu.c */
+extern int iommufd;
+extern uint32_t ioas_id;
+extern bool iommu;		/* the device uses IOVAs, not physical addresses */
+uint32_t alloc_ioas(void);
+int try_map_file(uint32_t ioas, int fd, uint64_t start, uint64_t length, uint64_t iova);
+void make_ioas(void);
+uint64_t get_pa(uint64_t iova);
+uint32_t find_frozen(void);
+void try_destroy(uint32_t id, int expect, const char *what);
+void replace_unequal(void);
+uint32_t alloc_hwpt(void);
+void show_hitless(void);
+
+/* vfio.c */
+extern volatile uint8_t *bar;
+extern int dev;
+extern uint32_t dev_id;
+extern int irqfd[MAX_VECTORS];
+extern unsigned int irqs;	/* eventfds in use */
+uint32_t rd(int reg);
+void wr(int reg, uint32_t val);
+void bind_vfio_pci(const char *bdf);
+void show_driver(void);
+int open_dev(int nr);
+int bind_dev(int fd, int ctx);
+int try_bind(void);
+int attach_dev(int fd, uint32_t pt);
+int try_attach(uint32_t id);
+void map_bar(void);
+void unmap_bar(void);
+void bus_master(int fd);
+bool is_master(const char *bdf);
+void set_irqs(int fd, uint32_t index, unsigned int nr);
+uint64_t irq_count(unsigned int vector);
+
+/* luo.c */
+extern int session;
+int luo(void);
+void load_kernel(int stage, int left, const char *add);
+int try_create_session(const char *name);
+void create_session(const char *name);
+int try_retrieve_session(const char *name);
+void retrieve_session(const char *name);
+int try_preserve(int fd, uint64_t token);
+int try_retrieve(uint64_t token);
+int try_finish(void);
+void end_session(void);
+void preserve_all(void);
+void do_kexec(void);
+void __attribute__((noreturn)) power_off(void);
+
+/* main.c */
+void first(bool irq);
+void run_for(double seconds);
+void run_until_quiet(double quiet);
+
+/* modes.c: what is tried instead of, or beside, the plain run */
+struct mode {
+	const char *name;
+	/* In the first kernel, under DMA; if it returns, the run goes on. */
+	void (*first)(void);
+	/* Right before reboot(2). */
+	void (*last)(void);
+	/* In the next kernel, instead of taking everything back. */
+	void (*next)(int stage);
+	/* Before the retrieve, and when everything is back but the session not finished. */
+	void (*waiting)(void);
+	void (*bound)(void);
+	bool stays;	/* no kexec follows */
+	bool dies;	/* run by a child, that kills itself */
+	bool reversed;	/* retrieve the device first and the memfd last */
+};
+
+const struct mode *find_mode(const char *name);
+extern const struct mode *mode;
+
+#endif

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* The IOAS and its HWPTs. */
+
+#include "guest.h"
+#include <sys/ioctl.h>
+#include <linux/iommufd.h>
+
+/* IOMMU_HW_CAP_HITLESS_REPLACE, which an unpatched kernel never sets. */
+#define HW_CAP_HITLESS_REPLACE	(1u << 4)
+
+int iommufd = -1;
+uint32_t ioas_id;
+bool iommu;
+
+uint32_t alloc_ioas(void)
+{
+	struct iommu_ioas_alloc alloc = { .size = sizeof(alloc) };
+
+	check(ioctl(iommufd, IOMMU_IOAS_ALLOC, &alloc), "IOAS_ALLOC");
+	return alloc.out_ioas_id;
+}
+
+int try_map_file(uint32_t ioas, int fd, uint64_t start, uint64_t length, uint64_t iova)
+{
+	struct iommu_ioas_map_file map = {
+		.size = sizeof(map),
+		.flags = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE |
+			 IOMMU_IOAS_MAP_WRITEABLE,
+		.ioas_id = ioas,
+		.fd = fd,
+		.start = start,
+		.length = length,
+		.iova = iova,
+	};
+
+	return ioctl(iommufd, IOMMU_IOAS_MAP_FILE, &map) ? -errno : 0;
+}
+
+void make_ioas(void)
+{
+	ioas_id = alloc_ioas();
+	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, IOVA), "IOAS_MAP_FILE");
+}
+
+uint64_t get_pa(uint64_t iova)
+{
+	struct iommu_ioas_noiommu_get_pa get = {
+		.size = sizeof(get), .ioas_id = ioas_id, .iova = iova, .length = PAGE,
+	};
+
+	check(ioctl(iommufd, IOMMU_IOAS_NOIOMMU_GET_PA, &get), "GET_PA");
+	return get.out_phys;
+}
+
+uint32_t find_frozen(void)
+{
+	struct iommu_object_entry e[16];
+	struct iommu_list_objects list = {
+		.size = sizeof(list), .entries = (uintptr_t)e, .num = 16,
+		.entry_size = sizeof(e[0]),
+	};
+
+	check(ioctl(iommufd, IOMMU_LIST_OBJECTS, &list), "LIST_OBJECTS");
+	for (uint32_t i = 0; i < list.num; i++)
+		if (e[i].type == IOMMU_OBJECT_HWPT_FROZEN)
+			return e[i].id;
+	return 0;
+}
+
+void try_destroy(uint32_t id, int expect, const char *what)
+{
+	struct iommu_destroy d = { .size = sizeof(d), .id = id };
+	int ret = ioctl(iommufd, IOMMU_DESTROY, &d) ? -errno : 0;
+
+	verdict(ret == expect, what, ret);
+}
+
+/* The same IOVAs, but every page one further in the file. */
+void replace_unequal(void)
+{
+	uint32_t other = alloc_ioas();
+	int ret;
+
+	must(try_map_file(other, memfd, PAGE, MEM_SIZE - PAGE, IOVA), "IOAS_MAP_FILE");
+	ret = try_attach(other);
+	verdict(ret == -EBADE, "replace by unequal translations", ret);
+	/* Should that have been done, the device is on it. */
+	if (ret)
+		try_destroy(other, 0, "destroy the unequal IOAS");
+}
+
+uint32_t alloc_hwpt(void)
+{
+	struct iommu_hwpt_alloc alloc = {
+		.size = sizeof(alloc), .dev_id = dev_id, .pt_id = ioas_id,
+	};
+
+	check(ioctl(iommufd, IOMMU_HWPT_ALLOC, &alloc), "HWPT_ALLOC");
+	return alloc.out_hwpt_id;
+}
+
+/* What the kernel says about whether replacing loses DMA of the device. */
+void show_hitless(void)
+{
+	struct iommu_hw_info info = { .size = sizeof(info), .dev_id = dev_id };
+
+	check(ioctl(iommufd, IOMMU_GET_HW_INFO, &info), "GET_HW_INFO");
+	say("hitless %d", !!(info.out_capabilities & HW_CAP_HITLESS_REPLACE));
+}

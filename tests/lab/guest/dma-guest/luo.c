@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* Sessions of the live update orchestrator, and the way into the next kernel. */
+
+#include "guest.h"
+#include <sys/ioctl.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <linux/kexec.h>
+#include <linux/liveupdate.h>
+#include <linux/reboot.h>
+
+int session = -1;
+
+/* The kernel beside us on the share, with this one's command line and something added. */
+void load_kernel(int stage, int left, const char *add)
+{
+	static char line[2048];
+	char *p = strstr(cmdline, " dma.stage=");
+	size_t n = p ? (size_t)(p - cmdline) : strcspn(cmdline, "\n");
+	int k = open("/lab/next", O_RDONLY);
+
+	check(k, "/lab/next");
+	snprintf(line, sizeof(line), "%.*s dma.stage=%d dma.left=%d %s", (int)n, cmdline, stage,
+		 left, add);
+	if (syscall(SYS_kexec_file_load, k, -1, strlen(line) + 1, line, KEXEC_FILE_NO_INITRAMFS))
+		die("kexec_file_load");
+	close(k);
+}
+
+int luo(void)
+{
+	int fd = open("/dev/liveupdate", O_RDWR);
+
+	check(fd, "/dev/liveupdate");
+	return fd;
+}
+
+int try_create_session(const char *name)
+{
+	struct liveupdate_ioctl_create_session create = { .size = sizeof(create) };
+	int fd = open("/dev/liveupdate", O_RDWR), ret;
+
+	if (fd < 0)
+		return -errno;
+	strcpy((char *)create.name, name);
+	ret = ioctl(fd, LIVEUPDATE_IOCTL_CREATE_SESSION, &create) ? -errno : 0;
+	session = ret ? -1 : create.fd;
+	close(fd);
+	return ret;
+}
+
+void create_session(const char *name)
+{
+	must(try_create_session(name), "CREATE_SESSION");
+}
+
+int try_retrieve_session(const char *name)
+{
+	struct liveupdate_ioctl_retrieve_session get = { .size = sizeof(get) };
+	int fd = open("/dev/liveupdate", O_RDWR), ret;
+
+	if (fd < 0)
+		return -errno;
+	strcpy((char *)get.name, name);
+	ret = ioctl(fd, LIVEUPDATE_IOCTL_RETRIEVE_SESSION, &get) ? -errno : get.fd;
+	close(fd);
+	return ret;
+}
+
+void retrieve_session(const char *name)
+{
+	session = try_retrieve_session(name);
+	must(session, "RETRIEVE_SESSION");
+}
+
+int try_preserve(int fd, uint64_t token)
+{
+	struct liveupdate_session_preserve_fd arg = {
+		.size = sizeof(arg), .fd = fd, .token = token,
+	};
+
+	return ioctl(session, LIVEUPDATE_SESSION_PRESERVE_FD, &arg) ? -errno : 0;
+}
+
+int try_retrieve(uint64_t token)
+{
+	struct liveupdate_session_retrieve_fd arg = {
+		.size = sizeof(arg), .token = token,
+	};
+
+	return ioctl(session, LIVEUPDATE_SESSION_RETRIEVE_FD, &arg) ? -errno : arg.fd;
+}
+
+int try_finish(void)
+{
+	struct liveupdate_session_finish arg = { .size = sizeof(arg) };
+
+	return ioctl(session, LIVEUPDATE_SESSION_FINISH, &arg) ? -errno : 0;
+}
+
+/* The last close: a session on its way out is unpreserved, one that came in given up. */
+void end_session(void)
+{
+	close(session);
+	session = -1;
+}
+
+void preserve_all(void)
+{
+	double t0 = now(), t1, t2;
+
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	t1 = now();
+	must(try_preserve(iommufd, TOK_IOMMUFD), "preserve iommufd");
+	t2 = now();
+	must(try_preserve(dev, TOK_DEV), "preserve device");
+	say("preserved memfd %.1f ms, iommufd %.1f ms, device %.1f ms",
+	    (t1 - t0) * 1e3, (t2 - t1) * 1e3, (now() - t2) * 1e3);
+}
+
+void do_kexec(void)
+{
+	say("KEXEC");
+	reboot(LINUX_REBOOT_CMD_KEXEC);
+}
+
+void power_off(void)
+{
+	sync();
+	usleep(300000);
+	reboot(LINUX_REBOOT_CMD_POWER_OFF);
+	_exit(0);
+}

@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* PID 1: from nothing to DMA, and in the next kernel back to it. */
+
+#include "guest.h"
+#include <poll.h>
+#include <signal.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <linux/vfio.h>
+
+const struct driver *driver;
+const struct mode *mode;
+bool stopping;
+
+/* Count what came on each vector since the last time; the number of vectors with some. */
+static unsigned int take_irqs(uint64_t *total)
+{
+	unsigned int fired = 0;
+
+	for (unsigned int i = 0; i < irqs; i++) {
+		uint64_t n = irq_count(i);
+
+		*total += n;
+		fired += !!n;
+	}
+	return fired;
+}
+
+void run_for(double seconds)
+{
+	double end = now() + seconds;
+	uint64_t n = 0;
+
+	while (now() < end) {
+		struct pollfd p[MAX_VECTORS];
+
+		for (unsigned int i = 0; i < irqs; i++)
+			p[i] = (struct pollfd) { .fd = irqfd[i], .events = POLLIN };
+		driver->take(true);
+		take_irqs(&n);
+		poll(p, irqs, 5);
+	}
+	if (irqs && !stopping)
+		say("%s irq: %llu in %.1f s", n ? "ok" : "FAIL", (unsigned long long)n, seconds);
+}
+
+void run_until_quiet(double quiet)
+{
+	double last = now();
+
+	while (now() < last + quiet) {
+		if (driver->take(true))
+			last = now();
+		usleep(5000);
+	}
+}
+
+void first(bool irq)
+{
+	bind_vfio_pci(BDF);
+	show_driver();
+	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");
+	memfd = new_memfd("dma", MEM_SIZE);
+	map_mem();
+	memset(mem, 0, MEM_SIZE);
+	iommufd = open("/dev/iommu", O_RDWR);
+	check(iommufd, "/dev/iommu");
+	dev = open_dev(0);
+	check(dev, "open device");
+	must(try_bind(), "bind");
+	make_ioas();
+	must(try_attach(ioas_id), "attach");
+	map_bar();
+	bus_master(dev);
+	if (irq)
+		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
+	note_pages();
+	driver->start(irq);
+	say("READY");
+}
+
+static void retrieve_memfd(int stage)
+{
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	map_mem();
+	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
+}
+
+static void retrieve_iommufd(void)
+{
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	must(iommufd, "retrieve iommufd");
+}
+
+static void retrieve_device(void)
+{
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+}
+
+static void retrieve_all(int stage)
+{
+	retrieve_session("dma");
+	if (mode->reversed) {
+		retrieve_device();
+		retrieve_iommufd();
+		retrieve_memfd(stage);
+	} else {
+		retrieve_memfd(stage);
+		retrieve_iommufd();
+		retrieve_device();
+	}
+}
+
+/* Every vector that the device used in the blackout fires at its eventfd. */
+static void check_pending(void)
+{
+	unsigned int used = driver->vectors > 1 ? driver->vectors - 1 : 1, fired;
+	uint64_t n = 0;
+
+	usleep(200000);
+	fired = take_irqs(&n);
+	say("%s irq: %u of %u vectors pending from the blackout, %llu events",
+	    fired >= used ? "ok" : "FAIL", fired, used, (unsigned long long)n);
+}
+
+/* Any later kernel: take everything back. */
+static void take_back(int stage, bool irq, bool fill)
+{
+	uint32_t frozen_id;
+	int fd, other;
+
+	show_driver();
+	if (fill)
+		fill_memory();
+	fd = open_dev(0);
+	verdict(fd < 0 && errno == EBUSY, "open before retrieve", fd < 0 ? -errno : 0);
+	if (fd >= 0)
+		close(fd);
+	if (mode->waiting)
+		mode->waiting();
+
+	retrieve_all(stage);
+	fd = try_finish();
+	verdict(fd == -EBUSY, "finish before bind", fd);
+	other = open("/dev/iommu", O_RDWR);
+	fd = bind_dev(dev, other);
+	verdict(fd < 0, "bind to another context", fd);
+	close(other);
+	if (mode->dies)
+		mode->bound();
+	must(try_bind(), "bind");
+	map_bar();
+	frozen_id = find_frozen();
+	replace_unequal();
+	if (mode->bound)
+		mode->bound();
+	make_ioas();
+	must(try_attach(ioas_id), "attach");
+	say("replaced the frozen HWPT");
+	check_pages();
+	if (irq) {
+		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
+		check_pending();
+	}
+	driver->resume();
+	try_destroy(frozen_id, 0, "destroy the frozen HWPT");
+	must(try_finish(), "finish");
+	end_session();
+	must(put("/proc/sys/vm/compact_memory", "1"), "compact memory");
+	say("BACK");
+}
+
+static void handover(int stage, int left)
+{
+	load_kernel(stage + 1, left - 1, "");
+	create_session("dma");
+	preserve_all();
+	run_for(0.5);
+	if (mode->last)
+		mode->last();
+	do_kexec();
+	die("kexec");
+}
+
+static void run(int stage, int left, bool irq, bool fill)
+{
+	if (stage == 1) {
+		first(irq);
+		run_for(2);
+		if (mode->first)
+			mode->first();
+	} else if (mode->next) {
+		mode->next(stage);
+	} else {
+		take_back(stage, irq, fill);
+		run_for(2);
+		check_filler();
+	}
+	if (left > 0 && !mode->stays)
+		handover(stage, left);
+
+	say("STOP");
+	stopping = true;
+	run_until_quiet(3);
+	driver->report();
+	power_off();
+}
+
+static void find_driver(const char *name)
+{
+	const struct driver *all[] = { e1000e, igb, nvme };
+
+	for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+		if (!strcmp(all[i]->name, name))
+			driver = all[i];
+	errno = ENODEV;
+	if (!driver)
+		die(name);
+}
+
+static void mount_all(void)
+{
+	int fd;
+
+	mkdir("/proc", 0755);
+	mkdir("/sys", 0755);
+	mkdir("/dev", 0755);
+	mount("proc", "/proc", "proc", 0, NULL);
+	mount("sysfs", "/sys", "sysfs", 0, NULL);
+	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
+	mount("lab", "/lab", "9p", 0, "trans=virtio,version=9p2000.L");
+	fd = open("/dev/ttyS1", O_RDWR);
+	if (fd >= 0) {
+		dup2(fd, 1);
+		dup2(fd, 2);
+	}
+	fd = open("/proc/cmdline", O_RDONLY);
+	check(read(fd, cmdline, sizeof(cmdline) - 1), "cmdline");
+	close(fd);
+}
+
+/* Wait for the child that does everything, and must not come to its end. */
+static void outlive(pid_t child)
+{
+	int status;
+
+	check(waitpid(child, &status, 0), "waitpid");
+	if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL) {
+		say("FAIL the child was not killed: status %#x", status);
+		power_off();
+	}
+	say("QUIESCED");
+	fill_memory();
+	sleep(3);
+	check_filler();
+	power_off();
+}
+
+int main(void)
+{
+	int stage, left;
+	pid_t child;
+
+	mount_all();
+	stage = atoi(param("dma.stage", "1"));
+	left = atoi(param("dma.left", param("dma.kexecs", "1")));
+	mode = find_mode(param("dma.mode", "run"));
+	find_driver(param("dma.device", "e1000e"));
+	iommu = !access("/sys/class/iommu/dmar0", F_OK);
+	say("STAGE %d left %d mode %s device %s", stage, left, mode->name, driver->name);
+
+	if (mode->dies && left == 0) {
+		child = fork();
+		check(child, "fork");
+		if (child)
+			outlive(child);
+	}
+	run(stage, left, atoi(param("dma.irq", "0")), atoi(param("dma.fill", "0")));
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* The memory that the device writes to, and all other memory of the guest. */
+
+#include "guest.h"
+#include <sys/mman.h>
+
+uint8_t *mem;
+struct state *st;
+int memfd = -1;
+
+static uint8_t *filler;
+static size_t filler_len;
+
+int new_memfd(const char *name, size_t size)
+{
+	int fd = memfd_create(name, 0);
+
+	check(fd, "memfd_create");
+	check(ftruncate(fd, size), "ftruncate");
+	return fd;
+}
+
+void map_mem(void)
+{
+	mem = mmap(NULL, MEM_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
+	if (mem == MAP_FAILED)
+		die("mmap memfd");
+	st = (void *)(mem + STATE_OFF);
+}
+
+/* Where the device finds the byte at @off of the memory. */
+uint64_t dma_addr(uint32_t off)
+{
+	return iommu ? IOVA + off : st->pa[off / PAGE] + off % PAGE;
+}
+
+/*
+ * Write down, and say, where the pages are: DMA elsewhere is an error. Without an
+ * IOMMU the queues have to be contiguous.
+ */
+void note_pages(void)
+{
+	uint32_t first = 0;
+
+	if (iommu)
+		return;
+	for (uint32_t i = 0; i < NPAGES; i++) {
+		st->pa[i] = get_pa(IOVA + (uint64_t)i * PAGE);
+		if (i && st->pa[i] != st->pa[i - 1] + PAGE) {
+			if (i < QUEUE_SIZE / PAGE) {
+				errno = ENOMEM;
+				die("memory for the queues is not contiguous");
+			}
+			say("MEMORY phys=%#llx pages=%u",
+			    (unsigned long long)st->pa[first], i - first);
+			first = i;
+		}
+	}
+	say("MEMORY phys=%#llx pages=%u", (unsigned long long)st->pa[first],
+	    NPAGES - first);
+}
+
+/* Behind an IOMMU the kernel's own comparison has to do. */
+void check_pages(void)
+{
+	uint32_t moved = 0;
+
+	if (iommu)
+		return;
+	for (uint32_t i = 0; i < NPAGES; i++)
+		moved += get_pa(IOVA + (uint64_t)i * PAGE) != st->pa[i];
+	say("%s pages: %u of %u moved", moved ? "FAIL" : "ok", moved, NPAGES);
+}
+
+/* Use what is free for a pattern, so that stray DMA hits it. */
+void fill_memory(void)
+{
+	FILE *f = fopen("/proc/meminfo", "r");
+	char line[128];
+	long kb = 0;
+
+	while (f && fgets(line, sizeof(line), f))
+		if (sscanf(line, "MemAvailable: %ld", &kb) == 1)
+			break;
+	if (f)
+		fclose(f);
+	filler_len = (size_t)kb * 1024 / 4 * 3 & ~(PAGE - 1ul);
+	filler = mmap(NULL, filler_len, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (filler == MAP_FAILED)
+		die("fill memory");
+	memset(filler, 0xa5, filler_len);
+	say("filled %zu MiB", filler_len >> 20);
+}
+
+void check_filler(void)
+{
+	size_t bad = 0;
+
+	if (!filler)
+		return;
+	for (size_t i = 0; i < filler_len; i++)
+		bad += filler[i] != 0xa5;
+	munmap(filler, filler_len);
+	filler = NULL;
+	say("%s filled memory: %zu bytes changed", bad ? "FAIL" : "ok", bad);
+}

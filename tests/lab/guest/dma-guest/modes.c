@@ -1,0 +1,734 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Modes: what is tried instead of, or beside, the plain run. Each ends in a state that
+ * the live update defines: the device restored, the device quiesced, or a refusal.
+ */
+
+#include "guest.h"
+#include <pthread.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <linux/falloc.h>
+#include <linux/iommufd.h>
+#include <linux/kexec.h>
+#include <linux/liveupdate.h>
+#include <linux/reboot.h>
+#include <linux/vfio.h>
+
+#ifndef VFIO_DEVICE_FEATURE_LIVEUPDATE
+#define VFIO_DEVICE_FEATURE_LIVEUPDATE 14
+struct vfio_device_feature_liveupdate {
+	__u32 flags;
+	__u32 deadline_ms;
+};
+#endif
+
+/* The device does nothing any more; memory that it could reach may be used by others. */
+static void __attribute__((noreturn)) quiesced(void)
+{
+	say("QUIESCED");
+	fill_memory();
+	sleep(3);
+	check_filler();
+	power_off();
+}
+
+/*
+ * The control: memory alone is preserved, as on an unpatched kernel. The packets
+ * that did not land are what everything else here is for.
+ */
+static void control_first(void)
+{
+	load_kernel(2, 0, "");
+	create_session("dma");
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	run_for(0.5);
+	do_kexec();
+	die("kexec");
+}
+
+static void control_next(int stage)
+{
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	map_mem();
+	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
+	say("STOP");
+	run_until_quiet(1);
+	driver->report();
+	power_off();
+}
+
+/* What must not be done to a device that has to keep running. */
+static void disturb(const char *when)
+{
+	static const struct {
+		const char *path, *value;
+	} files[] = {
+		{ PCI_DEVICE BDF "/remove", "1" },
+		{ PCI_DEVICE BDF "/reset", "1" },
+		{ PCI_DEVICE "0000:00:10.0/remove", "1" },
+		{ PCI_DEVICE "0000:00:10.0/reset_subordinate", "1" },
+	};
+	char what[128];
+	int ret;
+
+	for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
+		if (access(files[i].path, F_OK)) {
+			say("note: no %s", files[i].path);
+			continue;
+		}
+		ret = put(files[i].path, files[i].value);
+		snprintf(what, sizeof(what), "%s %s", files[i].path + strlen(PCI_DEVICE), when);
+		verdict(ret < 0, what, ret);
+	}
+}
+
+/* Preserve, then abort: the device goes on as if nothing had happened. */
+static void abort_first(void)
+{
+	int ret;
+
+	create_session("dma");
+	preserve_all();
+	ret = try_attach(ioas_id);
+	verdict(ret == -EBUSY, "attach while preserved", ret);
+	ret = ioctl(dev, VFIO_DEVICE_RESET) ? -errno : 0;
+	verdict(ret == -EBUSY, "reset while preserved", ret);
+	disturb("while preserved");
+	run_for(1);
+	end_session();
+	say("aborted");
+	run_for(1);
+	ret = try_attach(ioas_id);
+	verdict(ret == 0, "attach after abort", ret);
+}
+
+/* reboot(2) that must fail, with the device going on as if nothing had happened. */
+static void failing_reboot(const char *why, int error)
+{
+	int ret;
+
+	driver->take(true);
+	ret = reboot(LINUX_REBOOT_CMD_KEXEC) ? -errno : 0;
+	verdict(ret == -error, why, ret);
+	say("%s DMA after that", driver->take(true) ? "ok" : "FAIL no");
+	run_for(1);
+}
+
+/* An image that kexec_load(2) has loaded gets no handover data. */
+static void kexecload_first(void)
+{
+	static char page[PAGE] __attribute__((aligned(PAGE)));
+	struct kexec_segment segment = {
+		.buf = page, .bufsz = PAGE, .mem = (void *)(128ul << 20), .memsz = PAGE,
+	};
+
+	create_session("dma");
+	preserve_all();
+	check(syscall(SYS_kexec_load, segment.mem, 1, &segment, KEXEC_ARCH_DEFAULT),
+	      "kexec_load");
+	failing_reboot("reboot, loaded by kexec_load(2)", ENOEXEC);
+	end_session();
+}
+
+struct second {
+	int memfd, ctx, dev;
+};
+
+/* The other device, with a context and memory of its own; no DMA, but a bus master. */
+static struct second second_device(void)
+{
+	int first_ctx = iommufd;
+	struct second s;
+	uint32_t ioas;
+
+	bind_vfio_pci(BDF2);
+	s.memfd = new_memfd("second", MEM_SIZE);
+	s.dev = open_dev(1);
+	check(s.dev, "open second device");
+	s.ctx = iommufd = open("/dev/iommu", O_RDWR);
+	check(s.ctx, "/dev/iommu");
+	must(bind_dev(s.dev, s.ctx), "bind second device");
+	ioas = alloc_ioas();
+	must(try_map_file(ioas, s.memfd, 0, MEM_SIZE, IOVA), "map second memfd");
+	must(attach_dev(s.dev, ioas), "attach second device");
+	bus_master(s.dev);
+	iommufd = first_ctx;
+	return s;
+}
+
+static void preserve_second(const struct second *s)
+{
+	int ret;
+
+	ret = try_preserve(s->dev, TOK_DEV);
+	verdict(ret == -ENOENT, "preserve the device without its context", ret);
+	ret = try_preserve(s->ctx, TOK_IOMMUFD);
+	verdict(ret == -EOPNOTSUPP, "preserve the context without its memory", ret);
+	must(try_preserve(s->memfd, TOK_MEM), "preserve second memfd");
+	must(try_preserve(s->ctx, TOK_IOMMUFD), "preserve second iommufd");
+	must(try_preserve(s->dev, TOK_DEV), "preserve second device");
+}
+
+/*
+ * A freeze that fails. The device of a second session starts to use INTx after it
+ * was preserved, so that its freeze refuses, after the first session was frozen.
+ */
+static void freezefail_first(void)
+{
+	int first, second;
+	struct second s;
+
+	create_session("dma");
+	preserve_all();
+	first = session;
+
+	load_kernel(2, 0, "liveupdate=off");
+	failing_reboot("reboot, next kernel without liveupdate", ENOEXEC);
+	load_kernel(2, 0, "kho=off");
+	failing_reboot("reboot, next kernel without kho", ENOEXEC);
+
+	s = second_device();
+	create_session("second");
+	preserve_second(&s);
+	second = session;
+	set_irqs(s.dev, VFIO_PCI_INTX_IRQ_INDEX, 1);
+	load_kernel(2, 0, "");
+	failing_reboot("reboot, INTx in the second session", EOPNOTSUPP);
+	close(second);
+	close(first);
+	session = -1;
+	first = try_attach(ioas_id);
+	verdict(first == 0, "attach after abort", first);
+}
+
+/* Go to and fro between two equal HWPTs, under DMA all the time. */
+static void replace_first(void)
+{
+	uint32_t hwpt[2] = { alloc_hwpt(), alloc_hwpt() };
+	uint32_t n = atoi(param("dma.replaces", "1000"));
+	double t0, spent = 0, t;
+
+	show_hitless();
+	say("REPLACING");
+	t0 = now();
+	for (uint32_t i = 0; i < n; i++) {
+		t = now();
+		must(try_attach(hwpt[i & 1]), "replace");
+		spent += now() - t;
+		driver->take(true);
+	}
+	say("REPLACED n=%u ms=%.0f replace_us=%.1f", n, (now() - t0) * 1e3,
+	    spent * 1e6 / n);
+}
+
+/* Finish without retrieving: the device has to be stopped. */
+static void noretrieve_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	retrieve_session("dma");
+	ret = try_finish();
+	verdict(ret == -EBUSY, "finish without retrieving", ret);
+	end_session();
+	quiesced();
+}
+
+/* Retrieved, never bound, everything closed. */
+static void lastclose_next(int stage)
+{
+	(void)stage;
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	close(dev);
+	close(memfd);
+	end_session();
+	quiesced();
+}
+
+static int try_abandon(void)
+{
+	struct liveupdate_ioctl_abandon_session abandon = {
+		.size = sizeof(abandon), .name = "dma",
+	};
+	int fd = luo(), ret;
+
+	ret = ioctl(fd, LIVEUPDATE_IOCTL_ABANDON_SESSION, &abandon) ? -errno : 0;
+	close(fd);
+	return ret;
+}
+
+/* Given up without having been retrieved. */
+static void abandon_next(int stage)
+{
+	int fd;
+
+	(void)stage;
+	must(try_abandon(), "ABANDON_SESSION");
+	fd = try_abandon();
+	verdict(fd == -ENOENT, "abandon again", fd);
+	fd = open_dev(0);
+	verdict(fd >= 0, "open after that", fd < 0 ? -errno : 0);
+	quiesced();
+}
+
+/* Another kexec, with the session of the first one not retrieved. */
+static void second_next(int stage)
+{
+	if (stage == 2) {
+		load_kernel(3, 0, "");
+		do_kexec();
+		die("kexec");
+	}
+	show_driver();
+	quiesced();
+}
+
+static void deadline_first(void)
+{
+	char buf[sizeof(struct vfio_device_feature) +
+		 sizeof(struct vfio_device_feature_liveupdate)];
+	struct vfio_device_feature_liveupdate lu = { .deadline_ms = 15000 };
+	struct vfio_device_feature *f = (void *)buf;
+
+	*f = (struct vfio_device_feature) {
+		.argsz = sizeof(buf),
+		.flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LIVEUPDATE,
+	};
+	memcpy(f->data, &lu, sizeof(lu));
+	check(ioctl(dev, VFIO_DEVICE_FEATURE, f), "FEATURE");
+}
+
+static void deadline_next(int stage)
+{
+	(void)stage;
+	say("waiting for the deadline");
+	sleep(20);
+	quiesced();
+}
+
+/* While it waits, others try to get at the device. */
+static void hostile_waiting(void)
+{
+	int ret;
+
+	disturb("before retrieve");
+	ret = put(PCI_DEVICE BDF "/enable", "0");
+	say("note: disable before retrieve: %s", ret ? strerror(-ret) : "done");
+	must(put("/sys/bus/pci/rescan", "1"), "rescan");
+	must(put(PCI_DEVICE BDF "/driver/unbind", BDF), "unbind");
+	must(put("/sys/bus/pci/drivers_probe", BDF), "drivers_probe");
+	ret = put(PCI_DEVICE BDF "/driver_override", "pcieport");
+	say("note: driver_override before retrieve: %s", ret ? strerror(-ret) : "done");
+}
+
+/* The new owner of the memory cannot take it away from under the frozen HWPT. */
+static void hostile_bound(void)
+{
+	int ret;
+
+	ret = ftruncate(memfd, PAGE) ? -errno : 0;
+	verdict(ret == -EPERM, "truncate under a frozen HWPT", ret);
+	ret = fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, MEM_SIZE) ?
+		-errno : 0;
+	verdict(ret == -EPERM, "punch under a frozen HWPT", ret);
+	ret = madvise(mem + BUF_OFF, BUF_SIZE, MADV_REMOVE) ? -errno : 0;
+	verdict(ret == -EPERM, "madvise under a frozen HWPT", ret);
+}
+
+/* Killed at one of three points: the kernel closes everything, in its own order. */
+static void killed_retrieved(void)
+{
+	raise(SIGKILL);
+}
+
+static void killed_bound(void)
+{
+	if (!bar)
+		return;
+	raise(SIGKILL);
+}
+
+/* In the old kernel there is nothing to come back to: an ordinary last close. */
+static void killed_preserved(void)
+{
+	create_session("dma");
+	preserve_all();
+	raise(SIGKILL);
+}
+
+/* Nobody has the memory open any more, but the device still writes to it. */
+static void closed_next(int stage)
+{
+	(void)stage;
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	close(memfd);
+	fill_memory();
+	sleep(3);
+	check_filler();
+	end_session();
+	quiesced();
+}
+
+/*
+ * The frozen HWPT is to be replaced by one that leads elsewhere, and everything that
+ * held the memory before is to be let go. What does not work is only said: what counts
+ * is whether the device then writes into memory of others.
+ */
+static void unequal_next(int stage)
+{
+	struct iommu_destroy d = { .size = sizeof(d) };
+	int old, ret;
+
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	must(iommufd, "retrieve iommufd");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	must(try_bind(), "bind");
+	d.id = find_frozen();
+
+	old = memfd;
+	memfd = new_memfd("elsewhere", MEM_SIZE);
+	make_ioas();
+	ret = try_attach(ioas_id);
+	say("UNEQUAL %d", ret);
+	ret = ioctl(iommufd, IOMMU_DESTROY, &d) ? -errno : 0;
+	say("note: destroy the frozen HWPT of stage %d: %s", stage, strerror(-ret));
+	ret = try_finish();
+	say("note: finish: %s", strerror(-ret));
+	close(old);
+	fill_memory();
+	sleep(3);
+	say("QUIESCED");	/* or not: the words about memory tell */
+	check_filler();
+	power_off();
+}
+
+/* Nothing in flight but these reads: their interrupts come in the blackout, or never. */
+static void pending_first(void)
+{
+	stopping = true;
+	run_until_quiet(2);
+}
+
+static void pending_last(void)
+{
+	nvme_post(NVME_PENDING);
+}
+
+static uint32_t refusal(void)
+{
+	struct iommu_liveupdate_status status = { .size = sizeof(status) };
+
+	check(ioctl(iommufd, IOMMU_LIVEUPDATE_STATUS, &status), "LIVEUPDATE_STATUS");
+	return status.out_reason;
+}
+
+/* Preserving the context must be refused for @reason; the memfd @also goes along. */
+static void refused(const char *what, int also, uint32_t reason)
+{
+	uint32_t got;
+	int ret;
+
+	create_session("dma");
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	if (also >= 0)
+		must(try_preserve(also, TOK_DEV + 1), "preserve other memfd");
+	ret = try_preserve(iommufd, TOK_IOMMUFD);
+	got = refusal();
+	say("%s preserve with %s: %s, reason %u", ret == -EOPNOTSUPP && got == reason ?
+	    "ok" : "FAIL", what, ret ? strerror(-ret) : "done", got);
+	end_session();
+}
+
+static void unmap(uint64_t iova, uint64_t length)
+{
+	struct iommu_ioas_unmap unmap = {
+		.size = sizeof(unmap), .ioas_id = ioas_id, .iova = iova, .length = length,
+	};
+
+	check(ioctl(iommufd, IOMMU_IOAS_UNMAP, &unmap), "IOAS_UNMAP");
+}
+
+static void refuse_user_memory(uint64_t iova)
+{
+	struct iommu_ioas_map map = {
+		.size = sizeof(map),
+		.flags = IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE |
+			 IOMMU_IOAS_MAP_WRITEABLE,
+		.ioas_id = ioas_id, .length = PAGE, .iova = iova,
+	};
+	void *p = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	map.user_va = (uintptr_t)p;
+	check(ioctl(iommufd, IOMMU_IOAS_MAP, &map), "IOAS_MAP");
+	refused("user memory", -1, IOMMU_LIVEUPDATE_BACKING_USER);
+	unmap(iova, PAGE);
+	munmap(p, PAGE);
+}
+
+static void refuse_other_memfd(uint64_t iova)
+{
+	/* Two huge pages: what is punched is a whole folio, a part of one is only zeroed. */
+	const uint64_t size = 4u << 20;
+	int fd = new_memfd("other", size);
+
+	must(try_map_file(ioas_id, fd, 0, size, iova), "map other memfd");
+	refused("a memfd that is not in the session", -1,
+		IOMMU_LIVEUPDATE_BACKING_NOT_PRESERVED);
+	must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size / 2) ?
+	     -errno : 0, "punch a hole");
+	refused("a hole punched after it was mapped", fd, IOMMU_LIVEUPDATE_BACKING_STALE);
+	unmap(iova, size);
+	close(fd);
+}
+
+/* A BAR of the device as a DMABUF: if this mode can map it at all. */
+static void refuse_dmabuf(uint64_t iova)
+{
+	char buf[sizeof(struct vfio_device_feature) +
+		 sizeof(struct vfio_device_feature_dma_buf) +
+		 sizeof(struct vfio_region_dma_range)] = {};
+	struct vfio_device_feature *f = (void *)buf;
+	struct vfio_device_feature_dma_buf *d = (void *)f->data;
+	int fd, ret;
+
+	f->argsz = sizeof(buf);
+	f->flags = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF;
+	d->region_index = VFIO_PCI_BAR0_REGION_INDEX;
+	d->open_flags = O_RDWR | O_CLOEXEC;
+	d->nr_ranges = 1;
+	d->dma_ranges[0].length = PAGE;
+	fd = ioctl(dev, VFIO_DEVICE_FEATURE, f);
+	if (fd < 0) {
+		say("note: no DMABUF of a BAR: %s", strerror(errno));
+		return;
+	}
+	ret = try_map_file(ioas_id, fd, 0, PAGE, iova);
+	if (ret) {
+		say("note: no mapping of a DMABUF: %s", strerror(-ret));
+	} else {
+		refused("a DMABUF", -1, IOMMU_LIVEUPDATE_BACKING_DMABUF);
+		unmap(iova, PAGE);
+	}
+	close(fd);
+}
+
+static void refuse_pasid(void)
+{
+	struct vfio_device_attach_iommufd_pt attach = {
+		.argsz = sizeof(attach), .flags = VFIO_DEVICE_ATTACH_PASID,
+		.pt_id = ioas_id, .pasid = 1,
+	};
+	int ret = ioctl(dev, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach) ? -errno : 0;
+
+	/* There are none without an IOMMU; where there are, preserving refuses. */
+	verdict(ret < 0, "attach a PASID", ret);
+}
+
+/* What would be lost is refused by name, and nothing has happened. */
+static void refusals_first(void)
+{
+	const uint64_t iova = IOVA + 2ull * MEM_SIZE;
+
+	refuse_user_memory(iova);
+	refuse_other_memfd(iova);
+	refuse_dmabuf(iova);
+	refuse_pasid();
+	run_for(1);
+	create_session("dma");
+	preserve_all();
+	end_session();
+}
+
+/* Two sessions; the second one is given up in the next kernel, the first goes on. */
+static void twosessions_first(void)
+{
+	struct second s = second_device();
+	int ret;
+
+	create_session("second");
+	preserve_second(&s);
+	/* It stays open; "dma" comes next. */
+	create_session("probe");
+	ret = try_preserve(s.memfd, TOK_MEM);
+	verdict(ret < 0, "preserve a memfd in two sessions", ret);
+	end_session();
+}
+
+static void twosessions_waiting(void)
+{
+	say("%s the second device runs", is_master(BDF2) ? "ok" : "FAIL");
+	retrieve_session("second");
+	end_session();
+	say("%s the second device is quiesced", is_master(BDF2) ? "FAIL" : "ok");
+	say("%s the first device runs", is_master(BDF) ? "ok" : "FAIL");
+}
+
+static bool gone(double seconds)
+{
+	double end = now() + seconds;
+
+	while (now() < end) {
+		if (access(PCI_DEVICE BDF, F_OK))
+			return true;
+		if (mem)
+			driver->take(true);
+		usleep(10000);
+	}
+	return false;
+}
+
+/* Hot-unplug of a preserved device waits for its user, who has DMA all the time. */
+static void unplug_pending(void)
+{
+	create_session("dma");
+	preserve_all();
+	say("UNPLUG");
+	verdict(!gone(8), "the device is there while preserved", 0);
+	say("%s DMA all the time", driver->take(true) ? "ok" : "FAIL no");
+}
+
+/* It is done when the user lets go. */
+static void __attribute__((noreturn)) let_go(void)
+{
+	end_session();
+	unmap_bar();
+	close(dev);
+	close(iommufd);
+	verdict(gone(10), "the device goes when its user lets go", 0);
+	quiesced();
+}
+
+static void unplugold_first(void)
+{
+	unplug_pending();
+	let_go();
+}
+
+/* The kexec has to fail: it would wait for the removal, which waits for the user. */
+static void unplugreboot_first(void)
+{
+	unplug_pending();
+	load_kernel(2, 0, "");
+	failing_reboot("reboot with a removal pending", EBUSY);
+	let_go();
+}
+
+static void unplug_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	fill_memory();
+	say("UNPLUG");
+	verdict(gone(20), "the device goes", 0);
+	say("QUIESCED");
+	retrieve_session("dma");
+	ret = try_retrieve(TOK_DEV);
+	verdict(ret == -ENODEV, "retrieve a device that is gone", ret);
+	ret = try_retrieve(TOK_MEM);
+	verdict(ret >= 0, "retrieve its memory", ret);
+	end_session();
+	sleep(2);
+	check_filler();
+	power_off();
+}
+
+static int sysrq = -1;
+
+static void crash(int sig)
+{
+	(void)sig;
+	if (write(sysrq, "c", 1) != 1)
+		_exit(4);
+}
+
+/* Before all others, look whether the BAR is gone, as it is in the middle of the freeze. */
+static void *watch(void *arg)
+{
+	const struct sched_param param = { .sched_priority = 1 };
+	struct sigaction act = { .sa_handler = crash };
+
+	sigaction(SIGBUS, &act, NULL);
+	errno = pthread_setschedparam(pthread_self(), SCHED_FIFO, &param);
+	if (errno)
+		die("SCHED_FIFO");
+	for (;;) {
+		rd(8);
+		usleep(200);
+	}
+	return arg;
+}
+
+/* Panic when the device is frozen: the machine starts again, without any session. */
+static void panic_first(void)
+{
+	pthread_t thread;
+	int ret = try_retrieve_session("dma");
+
+	verdict(ret == -ENOENT, "a session after a panic", ret);
+	sysrq = open("/proc/sysrq-trigger", O_WRONLY);
+	check(sysrq, "sysrq-trigger");
+	load_kernel(2, 0, "");
+	create_session("dma");
+	preserve_all();
+	errno = pthread_create(&thread, NULL, watch, NULL);
+	if (errno)
+		die("pthread_create");
+	run_for(0.2);
+	do_kexec();
+	die("kexec");
+}
+
+const struct mode *find_mode(const char *name)
+{
+	static const struct mode modes[] = {
+		{ .name = "run" },
+		{ .name = "control", .first = control_first, .next = control_next },
+		{ .name = "abort", .first = abort_first, .stays = true },
+		{ .name = "freezefail", .first = freezefail_first, .stays = true },
+		{ .name = "kexecload", .first = kexecload_first, .stays = true },
+		{ .name = "replace", .first = replace_first, .stays = true },
+		{ .name = "refusals", .first = refusals_first, .stays = true },
+		{ .name = "noretrieve", .next = noretrieve_next },
+		{ .name = "lastclose", .next = lastclose_next },
+		{ .name = "abandon", .next = abandon_next },
+		{ .name = "second", .next = second_next },
+		{ .name = "deadline", .first = deadline_first, .next = deadline_next },
+		{ .name = "hostile", .waiting = hostile_waiting, .bound = hostile_bound,
+		  .reversed = true },
+		{ .name = "twosessions", .first = twosessions_first, .waiting = twosessions_waiting },
+		{ .name = "killedretrieved", .bound = killed_retrieved, .dies = true },
+		{ .name = "killedbound", .bound = killed_bound, .dies = true },
+		{ .name = "killedpreserved", .first = killed_preserved, .dies = true, .stays = true },
+		{ .name = "watch", .next = control_next },
+		{ .name = "closed", .next = closed_next },
+		{ .name = "unequal", .next = unequal_next },
+		{ .name = "pending", .first = pending_first, .last = pending_last },
+		{ .name = "unplugold", .first = unplugold_first, .stays = true },
+		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
+		{ .name = "unplug", .next = unplug_next },
+		{ .name = "panic", .first = panic_first },
+	};
+
+	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
+		if (!strcmp(modes[i].name, name))
+			return &modes[i];
+	errno = EINVAL;
+	die(name);
+}

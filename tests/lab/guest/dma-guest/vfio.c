@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* The device: its driver, its file, its BAR, its interrupts. */
+
+#include "guest.h"
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <linux/vfio.h>
+
+volatile uint8_t *bar;
+int dev = -1;
+uint32_t dev_id;
+int irqfd[MAX_VECTORS];
+unsigned int irqs;
+
+static size_t bar_size;
+
+uint32_t rd(int reg)
+{
+	return *(volatile uint32_t *)(bar + reg);
+}
+
+void wr(int reg, uint32_t val)
+{
+	*(volatile uint32_t *)(bar + reg) = val;
+}
+
+void bind_vfio_pci(const char *bdf)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), PCI_DEVICE "%s/driver/unbind", bdf);
+	put(path, bdf);			/* there may be no driver */
+	snprintf(path, sizeof(path), PCI_DEVICE "%s/driver_override", bdf);
+	must(put(path, "vfio-pci"), "driver_override");
+	must(put("/sys/bus/pci/drivers_probe", bdf), "drivers_probe");
+}
+
+void show_driver(void)
+{
+	char link[256] = "none";
+	ssize_t n = readlink(PCI_DEVICE BDF "/driver", link, sizeof(link) - 1);
+
+	if (n > 0)
+		link[n] = 0;
+	say("driver %s", strrchr(link, '/') ? strrchr(link, '/') + 1 : link);
+}
+
+int open_dev(int nr)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/dev/vfio/devices/%svfio%d",
+		 iommu ? "" : "noiommu-", nr);
+	return open(path, O_RDWR);
+}
+
+/* The id of the device in the context, or a negative errno. */
+int bind_dev(int fd, int ctx)
+{
+	struct vfio_device_bind_iommufd bind = {
+		.argsz = sizeof(bind), .iommufd = ctx,
+	};
+
+	return ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind) ? -errno : (int)bind.out_devid;
+}
+
+int try_bind(void)
+{
+	int ret = bind_dev(dev, iommufd);
+
+	if (ret >= 0)
+		dev_id = ret;
+	return ret;
+}
+
+int attach_dev(int fd, uint32_t pt)
+{
+	struct vfio_device_attach_iommufd_pt attach = {
+		.argsz = sizeof(attach), .pt_id = pt,
+	};
+
+	return ioctl(fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach) ? -errno : 0;
+}
+
+int try_attach(uint32_t id)
+{
+	return attach_dev(dev, id);
+}
+
+static struct vfio_region_info region(int fd, uint32_t index)
+{
+	struct vfio_region_info info = { .argsz = sizeof(info), .index = index };
+
+	check(ioctl(fd, VFIO_DEVICE_GET_REGION_INFO, &info), "REGION_INFO");
+	return info;
+}
+
+void map_bar(void)
+{
+	struct vfio_region_info info = region(dev, VFIO_PCI_BAR0_REGION_INDEX);
+
+	bar_size = info.size;
+	bar = mmap(NULL, bar_size, PROT_READ | PROT_WRITE, MAP_SHARED, dev, info.offset);
+	if (bar == MAP_FAILED)
+		die("mmap BAR 0");
+}
+
+void unmap_bar(void)
+{
+	munmap((void *)bar, bar_size);
+	bar = NULL;
+}
+
+void bus_master(int fd)
+{
+	struct vfio_region_info info = region(fd, VFIO_PCI_CONFIG_REGION_INDEX);
+	uint16_t cmd;
+
+	check(pread(fd, &cmd, 2, info.offset + 4), "read command");
+	cmd |= 6;
+	check(pwrite(fd, &cmd, 2, info.offset + 4), "write command");
+}
+
+bool is_master(const char *bdf)
+{
+	char path[128];
+	uint16_t cmd;
+	int fd;
+
+	snprintf(path, sizeof(path), PCI_DEVICE "%s/config", bdf);
+	fd = open(path, O_RDONLY);
+	check(fd, path);
+	check(pread(fd, &cmd, sizeof(cmd), 4), path);
+	close(fd);
+	return cmd & 4;
+}
+
+/* An eventfd for each of @nr vectors; of the device under test they are irqfd[]. */
+void set_irqs(int fd, uint32_t index, unsigned int nr)
+{
+	char buf[sizeof(struct vfio_irq_set) + MAX_VECTORS * sizeof(int)];
+	struct vfio_irq_set *set = (void *)buf;
+	int efd[MAX_VECTORS];
+
+	for (unsigned int i = 0; i < nr; i++) {
+		efd[i] = eventfd(0, EFD_NONBLOCK);
+		check(efd[i], "eventfd");
+	}
+	*set = (struct vfio_irq_set) {
+		.argsz = sizeof(*set) + nr * sizeof(int),
+		.flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
+		.index = index,
+		.count = nr,
+	};
+	memcpy(set->data, efd, nr * sizeof(int));
+	check(ioctl(fd, VFIO_DEVICE_SET_IRQS, set), "SET_IRQS");
+	if (fd != dev)
+		return;
+	memcpy(irqfd, efd, nr * sizeof(int));
+	irqs = nr;
+}
+
+uint64_t irq_count(unsigned int vector)
+{
+	uint64_t n = 0;
+
+	if (read(irqfd[vector], &n, sizeof(n)) != sizeof(n))
+		return 0;
+	return n;
+}
