@@ -24,7 +24,7 @@ from .common import (LAB, PROJECT, LabError, building, cache_dir, digest, last_l
 PACKAGE = "linux-source-7.3"
 PATCHES = PROJECT / "kernel-patches"
 CONFIGS = LAB / "config"
-NAMES = ("minimal", "modular", "debug")
+NAMES = ("minimal", "modular", "debug", "kunit")
 GIT = ["git", "-c", "user.name=khod maintainers", "-c", "user.email=maintainers@khod.invalid",
        "-c", "gc.auto=0", "-c", "core.looseCompression=0", "-c", "commit.gpgSign=false"]
 

@@ -118,3 +118,21 @@ def series_iommufd_kexec(ctx):
         r = vm.run(f"cd {SELFTESTS}/iommu && ./iommufd_kexec post", 120, check=False)
         expect(r.status == 0 and "not ok" not in r.out, f"after the kexec: {r.out[-800:]}{r.err[-300:]}")
         quiet(vm)
+
+
+@test(part="suites", kernels=(("kunit", False, ""), ("kunit", True, "")))
+def kunit_of_io_page_tables(ctx):
+    """Every format of generic_pt; what the unpatched kernel passes, and the series' own cases."""
+    passed = {}
+    for unpatched in (True, False):
+        with ctx.vm(kernel=ctx.kernel("kunit", unpatched), init="bare", memory="1G",
+                    cpus=1, name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
+            vm.ready(900)
+            found = [re.search(r"# Totals: pass:(\d+) fail:(\d+) skip:(\d+)", x) for x in vm.console.lines]
+            totals = [tuple(map(int, m.groups())) for m in found if m]
+            expect(totals, f"no suite of KUnit ran, see {vm.dir}/console.log")
+            expect(not sum(t[1] for t in totals), f"cases fail, see {vm.dir}/console.log")
+            passed[unpatched] = sum(t[0] for t in totals)
+            quiet(vm)
+    ctx.figure("KUnit", f"{passed[False]} ok, {passed[True]} on the unpatched kernel")
+    expect(passed[False] > passed[True], f"fewer cases than before: {passed}")

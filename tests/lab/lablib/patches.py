@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Each patch of the series by itself: it builds with live update and without, and adds no warning.
+
+The patches are walked in a work tree of their own, with one build folder for each of the two
+configurations, so that each step compiles only what the patch touches. What a step found is
+written down by the commit's tree: a walk that is broken off goes on where it was.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+from . import kernel
+from .common import LabError, cache_dir, lock, run, say
+
+WARNING = re.compile(r"^(?:\.\./)*(?:[Ww]arning: )?([\w./-]+\.[chS]):\d+(?::\d+)?:? (.*)$")
+LIVE_UPDATE = re.compile(r"^CONFIG_\w*(LIVEUPDATE)\w*=.*$", re.M)
+
+
+def work_tree():
+    path = kernel.tree().with_name(kernel.tree().name + "-each")
+    if not path.exists():
+        kernel.git("worktree", "prune")
+        kernel.git("worktree", "add", "-q", "--detach", str(path), "base")
+    return path
+
+
+def warnings_of(log) -> set:
+    """File and text of each warning in a log of make; line numbers move with the patches."""
+    found = (WARNING.match(x) for x in log.read_text(errors="replace").splitlines()
+             if "arning" in x)
+    return {f"{m.group(1)}: {m.group(2)}" for m in found if m}
+
+
+def build(src, name, live_update) -> set:
+    """Build what is checked out, with W=1. Returns the warnings of what was compiled."""
+    objs = src / f"build-{name}"
+    objs.mkdir(exist_ok=True)
+    log = objs / "lab.log"
+    log.write_text("")
+    text = "".join(f.read_text() + "\n" for f in kernel.fragments("minimal"))
+    (objs / "lab.config").write_text(text if live_update else LIVE_UPDATE.sub("", text))
+    cc = "ccache gcc" if shutil.which("ccache") else "gcc"
+    make = ["make", f"O=build-{name}", f"-j{os.cpu_count()}", f"CC={cc}", "W=1"]
+    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "KCONFIG_ALLCONFIG": str(objs / "lab.config")}
+    run([*make, "allnoconfig"], cwd=src, env=env, log=log, what="configuring the kernel")
+    config = (objs / ".config").read_text()
+    if ("CONFIG_LIVEUPDATE=y" in config) != live_update:
+        raise LabError(f"CONFIG_LIVEUPDATE did not come out as asked for in {objs}/.config")
+    run([*make, "bzImage"], cwd=src, env=env, log=log, what="building the kernel")
+    return warnings_of(log)
+
+
+def commits_of_series() -> list:
+    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+        kernel.prepare()
+        return kernel.git("rev-list", "--reverse", "base..series").split()
+
+
+def walk(live_update) -> tuple:
+    """Build each commit of the series. Returns (number of patches, [what is wrong])."""
+    name = "on" if live_update else "off"
+    commits = commits_of_series()
+    wrong = []
+    with lock(cache_dir() / "patches.lock", "the walk over the patches"):
+        src = work_tree()
+        known = cache_dir() / f"patches-{name}.json"
+        done = json.loads(known.read_text()) if known.exists() else {}
+        for commit in [kernel.git("rev-parse", "base"), *commits]:
+            key = kernel.git("rev-parse", f"{commit}^{{tree}}")
+            title = kernel.git("log", "-1", "--format=%s", commit)
+            if key not in done:
+                kernel.git("checkout", "-q", "--detach", commit, cwd=src)
+                try:
+                    done[key] = sorted(build(src, name, live_update))
+                except LabError as e:
+                    wrong.append(f"{title}: {e}")
+                    continue
+                known.write_text(json.dumps(done))
+                say(f"live update {name}: {title}: {len(done[key])} warnings")
+            base = done.get(kernel.git("rev-parse", "base^{tree}"), [])
+            wrong += [f"{title}: {x}" for x in done[key] if x not in base]
+    return len(commits), wrong
+
+
+def checkpatch() -> list:
+    """What checkpatch says of the patches; new files without a MAINTAINERS entry are known."""
+    commits_of_series()
+    r = subprocess.run(["scripts/checkpatch.pl", "--strict", "--terse", "--no-summary", "--ignore",
+                        "FILE_PATH_CHANGES", *kernel.patches()], cwd=kernel.tree(), text=True,
+                       capture_output=True, check=False,
+                       env={**os.environ, "PATH": "/usr/bin:/bin"})   # Debian's python3 has ply
+    return (r.stdout + r.stderr).splitlines()
