@@ -126,6 +126,8 @@ static const char *const reasons[] = {
 	[IOMMU_LIVEUPDATE_MEMORY] = "a lack of memory",
 	[IOMMU_LIVEUPDATE_CHANGED] = "an attachment that changed after the context was preserved",
 	[IOMMU_LIVEUPDATE_NOT_EQUAL] = "a page table that does not translate as the frozen one does",
+	[IOMMU_LIVEUPDATE_MOVABLE] = "kernelcore, movablecore or movable_node on the command line of the loaded kernel",
+	[IOMMU_LIVEUPDATE_NOT_HITLESS] = "an IOMMU that could discard DMA of a device while its page table is replaced",
 };
 
 int kho_iommufd_obstacle(struct kho *kho, int iommufd, struct kho_error **err)

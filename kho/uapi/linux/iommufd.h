@@ -747,12 +747,17 @@ enum iommu_hw_info_type {
  * @IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED: ATS is not supported or cannot be used
  *                                      on this device (absence implies ATS
  *                                      may be enabled)
+ * @IOMMU_HW_CAP_HITLESS_REPLACE: No DMA of the device is discarded while one
+ *                                IOMMU_OBJECT_HWPT_PAGING that it is attached to
+ *                                is replaced by another, as long as neither of
+ *                                them handles IO page faults
  */
 enum iommufd_hw_capabilities {
 	IOMMU_HW_CAP_DIRTY_TRACKING = 1 << 0,
 	IOMMU_HW_CAP_PCI_PASID_EXEC = 1 << 1,
 	IOMMU_HW_CAP_PCI_PASID_PRIV = 1 << 2,
 	IOMMU_HW_CAP_PCI_ATS_NOT_SUPPORTED = 1 << 3,
+	IOMMU_HW_CAP_HITLESS_REPLACE = 1 << 4,
 };
 
 /**
@@ -1474,6 +1479,10 @@ enum iommu_liveupdate_state {
  *     preserved
  * @IOMMU_LIVEUPDATE_NOT_EQUAL: A replace was refused as the page tables do not
  *     have the same translations
+ * @IOMMU_LIVEUPDATE_MOVABLE: The next kernel would have memory in ZONE_MOVABLE,
+ *     where it cannot be pinned again. Found when the sessions are frozen
+ * @IOMMU_LIVEUPDATE_NOT_HITLESS: The IOMMU could discard DMA of the device while
+ *     its HWPT is replaced, see IOMMU_HW_CAP_HITLESS_REPLACE
  */
 enum iommu_liveupdate_reason {
 	IOMMU_LIVEUPDATE_OK = 0,
@@ -1498,6 +1507,8 @@ enum iommu_liveupdate_reason {
 	IOMMU_LIVEUPDATE_MEMORY = 19,
 	IOMMU_LIVEUPDATE_CHANGED = 20,
 	IOMMU_LIVEUPDATE_NOT_EQUAL = 21,
+	IOMMU_LIVEUPDATE_MOVABLE = 22,
+	IOMMU_LIVEUPDATE_NOT_HITLESS = 23,
 };
 
 /**

@@ -966,7 +966,9 @@ struct vfio_device_bind_iommufd {
  * With VFIO_DEVICE_ATTACH_MUST_EQUAL only such a replacement is possible, and only
  * if the new hwpt translates exactly as the current one does, which the kernel
  * makes sure of while it switches. It fails with -EBADE otherwise. This is what
- * a device needs that goes on with DMA meanwhile.
+ * a device needs that goes on with DMA meanwhile. It fails with -EOPNOTSUPP if
+ * the IOMMU could discard DMA of the device while it switches, see
+ * IOMMU_HW_CAP_HITLESS_REPLACE.
  *
  * Return: 0 on success, -errno on failure.
  *

@@ -54,7 +54,7 @@ def build(src, name, live_update) -> set:
 
 
 def commits_of_series() -> list:
-    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+    with kernel.tree_lock():
         kernel.prepare()
         return kernel.git("rev-list", "--reverse", "base..series").split()
 
