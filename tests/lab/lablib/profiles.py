@@ -9,17 +9,20 @@ sits on the root bus).
 
 from .common import LabError
 
+# No interrupt remapping (see below), which VFIO wants to be told is no mistake.
+UNSAFE = "iommufd.allow_unsafe_interrupts=1"
+
 PROFILES = {
     "noiommu": ([], "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", ""),
-    "vtd-legacy": (["-device", "intel-iommu,intremap=off"], "intel_iommu=on,sm_off", ""),
+    "vtd-legacy": (["-device", "intel-iommu,intremap=off"], f"intel_iommu=on,sm_off {UNSAFE}", ""),
     "vtd-caching": (["-device", "intel-iommu,intremap=off,caching-mode=on"],
-                    "intel_iommu=on,sm_off", ""),
+                    f"intel_iommu=on,sm_off {UNSAFE}", ""),
     "vtd-scalable": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on"],
-                     "intel_iommu=on,sm_on", ""),
+                     f"intel_iommu=on,sm_on {UNSAFE}", ""),
     "vtd-first-stage": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on"],
-                        "intel_iommu=on,sm_on", ""),
+                        f"intel_iommu=on,sm_on {UNSAFE}", ""),
     # QEMU 10.0's AMD IOMMU does not translate for an e1000e; 7.3 needs both words on q35.
-    "amd-vi": (["-device", "amd-iommu,intremap=off"], "intremap=off noapic", "7.2"),
+    "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2"),
 }
 
 # kind -> (QEMU device and options, needs a netdev, needs a disk, below a root port)

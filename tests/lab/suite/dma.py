@@ -152,7 +152,7 @@ class Run:
     def strays(self):
         """DMA to addresses that are not the workload's memory."""
         ranges = [(int(m.group(1), 16), int(m.group(2)) * 4096) for x in self.lines("MEMORY ")
-                  if (m := re.search(r"phys=(0x[0-9a-f]+) pages=(\d+)", x))]
+                  if (m := re.search(r"at=(0x[0-9a-f]+) pages=(\d+)", x))]
         expect(ranges, "the guest did not say where its memory is")
         begin = self.started()
         return [hex(a) for when, a, n in self.transfers() if when > begin
@@ -211,8 +211,11 @@ FULL = "dma.fill=1 dma.irq=1"
 
 @test()
 def dma_through_two_kexecs(ctx):
-    """Free memory filled before the retrieve and compacted after it; an MSI-X vector used."""
-    Run(ctx, kexecs=2, options=FULL).nothing_lost(ctx, 2)
+    """Free memory filled before the retrieve and compacted after it; an MSI-X vector used.
+
+    A memfd that is not the device's is retrieved when the device is back in use.
+    """
+    Run(ctx, kexecs=2, options=f"{FULL} dma.more=1").nothing_lost(ctx, 2)
 
 
 @test()
@@ -251,7 +254,7 @@ def dma_goes_on_after_an_abort(ctx):
 
 @test()
 def dma_goes_on_after_a_freeze_that_fails(ctx):
-    """A next kernel without live update, without KHO, and INTx in a second session."""
+    """A next kernel without live update, without KHO, with ZONE_MOVABLE; INTx in a second session."""
     Run(ctx, mode="freezefail").no_packet_lost()
 
 
@@ -282,6 +285,7 @@ def quiesced(ctx, mode, **kw):
     expect(not after, f"{after} packets written after the device was quiesced")
     expect(run.lines("ok filled memory"), "free memory was not looked at")
     expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    return run
 
 
 @test()
@@ -341,6 +345,62 @@ def a_panic_while_frozen_ends_in_a_reset(ctx):
     run = Run(ctx, mode="panic")
     expect(run.vm.console.find("Kernel panic - not syncing: sysrq") is not None, "no panic")
     expect(len(run.lines("ok a session after a panic")) == 2, "it did not start again")
+
+
+def quiesced_as_the_handover_is_refused(ctx, mode):
+    """The next kernel refuses it in early boot, and uses the memory for itself.
+
+    Without kho_stop_dma(), the device goes on: packets are written, and change the pattern
+    that all free memory is filled with.
+    """
+    console = quiesced(ctx, mode).vm.console
+    expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
+    expect(console.find("all devices were stopped") is not None, "no device was stopped in early boot")
+
+
+@test()
+def quiesced_if_the_map_of_memory_is_damaged(ctx):
+    quiesced_as_the_handover_is_refused(ctx, "map")
+
+
+@test()
+def quiesced_if_the_handover_cannot_be_read(ctx):
+    quiesced_as_the_handover_is_refused(ctx, "fdt")
+
+
+def quiesced_as_it_is_not_taken_over(ctx, mode, text):
+    """What the old kernel wrote down of the device and its port is damaged."""
+    console = quiesced(ctx, mode).vm.console
+    expect(console.find(text) is not None, f"the kernel does not say '{text}'")
+
+
+@test()
+def quiesced_if_it_is_another_device(ctx):
+    quiesced_as_it_is_not_taken_over(ctx, "vendor", "01:00.0: stopped, it cannot be kept running")
+
+
+@test()
+def quiesced_if_the_records_are_invalid(ctx):
+    quiesced_as_it_is_not_taken_over(ctx, "flags", "01:00.0: stopped, it cannot be kept running")
+
+
+@test()
+def quiesced_if_there_is_no_record(ctx):
+    """The device moved, or the record is damaged: it is still the only one that is running."""
+    quiesced_as_it_is_not_taken_over(ctx, "slot", "01:00.0: stopped, it cannot be kept running")
+
+
+@test()
+def quiesced_if_its_port_is_not_taken_over(ctx):
+    quiesced_as_it_is_not_taken_over(ctx, "bridge", "01:00.0: liveupdate: a bridge above was not")
+
+
+@test()
+def memory_alone_is_lost_without_stopping_devices(ctx):
+    """Nothing to stop, nothing to panic for: the machine comes up with all of its memory."""
+    console = Run(ctx, mode="map", options="dma.memonly=1").vm.console
+    expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
+    expect(console.find("all devices were stopped") is None, "devices were stopped for no reason")
 
 
 def control(ctx, **kw):

@@ -18,7 +18,13 @@
  *   dma.kexecs=N how many to do in a row
  *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
  *   dma.fill=1   fill free memory before anything is retrieved
+ *   dma.more=1   preserve memory that the device does not need, and retrieve it after
+ *                the device
+ *   dma.memonly=1 the modes that damage the handover preserve memory alone
  *   dma.replaces=N how often the mode "replace" does it
+ *   dma.iova=N   where in the IOAS the memory is
+ *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
+ *   dma.next=ARG one more argument for each next kernel
  *   dma.stage=K, dma.left=M are set by itself
  */
 #ifndef DMA_GUEST_H
@@ -42,14 +48,13 @@
 #define STATE_SIZE	(2u << 20)
 #define MEM_SIZE	(STATE_OFF + STATE_SIZE)
 #define NPAGES		(MEM_SIZE / PAGE)
-#define IOVA		0x100000000ull
 #define MAX_VECTORS	16
 
 #define BDF		"0000:01:00.0"
 #define BDF2		"0000:02:00.0"
 #define PCI_DEVICE	"/sys/bus/pci/devices/"
 
-enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3 };
+enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5 };
 
 struct nic_state {
 	uint32_t next;		/* descriptor to look at next */
@@ -116,6 +121,7 @@ extern const struct driver *driver;
 void nvme_post(uint32_t each);
 
 extern bool stopping;		/* nothing new is to be started */
+extern uint32_t outside;	/* every n-th buffer of a NIC is not in the IOAS */
 
 /* base.c */
 extern char cmdline[4096];
@@ -137,12 +143,15 @@ void map_mem(void);
 void note_pages(void);
 void check_pages(void);
 uint64_t dma_addr(uint32_t off);
+void preserve_more(void);
+void retrieve_more(void);
 void fill_memory(void);
 void check_filler(void);
 
 /* iommu.c */
 extern int iommufd;
 extern uint32_t ioas_id;
+extern uint64_t mem_iova;	/* of the memory */
 extern bool iommu;		/* the device uses IOVAs, not physical addresses */
 uint32_t alloc_ioas(void);
 int try_map_file(uint32_t ioas, int fd, uint64_t start, uint64_t length, uint64_t iova);
@@ -196,6 +205,10 @@ void __attribute__((noreturn)) power_off(void);
 void first(bool irq);
 void run_for(double seconds);
 void run_until_quiet(double quiet);
+
+/* damage.c */
+void damage_first(void);
+void damage_next(int stage);
 
 /* modes.c: what is tried instead of, or beside, the plain run */
 struct mode {

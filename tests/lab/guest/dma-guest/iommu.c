@@ -10,6 +10,7 @@
 
 int iommufd = -1;
 uint32_t ioas_id;
+uint64_t mem_iova;
 bool iommu;
 
 uint32_t alloc_ioas(void)
@@ -39,7 +40,7 @@ int try_map_file(uint32_t ioas, int fd, uint64_t start, uint64_t length, uint64_
 void make_ioas(void)
 {
 	ioas_id = alloc_ioas();
-	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, IOVA), "IOAS_MAP_FILE");
+	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, mem_iova), "IOAS_MAP_FILE");
 }
 
 uint64_t get_pa(uint64_t iova)
@@ -81,7 +82,7 @@ void replace_unequal(void)
 	uint32_t other = alloc_ioas();
 	int ret;
 
-	must(try_map_file(other, memfd, PAGE, MEM_SIZE - PAGE, IOVA), "IOAS_MAP_FILE");
+	must(try_map_file(other, memfd, PAGE, MEM_SIZE - PAGE, mem_iova), "IOAS_MAP_FILE");
 	ret = try_attach(other);
 	verdict(ret == -EBADE, "replace by unequal translations", ret);
 	/* Should that have been done, the device is on it. */

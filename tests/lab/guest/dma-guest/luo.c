@@ -110,6 +110,8 @@ void preserve_all(void)
 	double t0 = now(), t1, t2;
 
 	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	if (atoi(param("dma.more", "0")))
+		preserve_more();
 	t1 = now();
 	must(try_preserve(iommufd, TOK_IOMMUFD), "preserve iommufd");
 	t2 = now();

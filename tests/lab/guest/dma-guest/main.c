@@ -12,6 +12,7 @@
 const struct driver *driver;
 const struct mode *mode;
 bool stopping;
+uint32_t outside;
 
 /* Count what came on each vector since the last time; the number of vectors with some. */
 static unsigned int take_irqs(uint64_t *total)
@@ -167,6 +168,10 @@ static void take_back(int stage, bool irq, bool fill)
 	}
 	driver->resume();
 	try_destroy(frozen_id, 0, "destroy the frozen HWPT");
+	if (atoi(param("dma.more", "0"))) {
+		driver->take(true);
+		retrieve_more();
+	}
 	must(try_finish(), "finish");
 	end_session();
 	must(put("/proc/sys/vm/compact_memory", "1"), "compact memory");
@@ -175,7 +180,7 @@ static void take_back(int stage, bool irq, bool fill)
 
 static void handover(int stage, int left)
 {
-	load_kernel(stage + 1, left - 1, "");
+	load_kernel(stage + 1, left - 1, param("dma.next", ""));
 	create_session("dma");
 	preserve_all();
 	run_for(0.5);
@@ -269,7 +274,10 @@ int main(void)
 	left = atoi(param("dma.left", param("dma.kexecs", "1")));
 	mode = find_mode(param("dma.mode", "run"));
 	find_driver(param("dma.device", "e1000e"));
-	iommu = !access("/sys/class/iommu/dmar0", F_OK);
+	iommu = !access("/sys/class/iommu/dmar0", F_OK) ||
+		!access("/sys/class/iommu/ivhd0", F_OK);
+	mem_iova = strtoull(param("dma.iova", "0x100000000"), NULL, 0);
+	outside = atoi(param("dma.outside", "0"));
 	say("STAGE %d left %d mode %s device %s", stage, left, mode->name, driver->name);
 
 	if (mode->dies && left == 0) {

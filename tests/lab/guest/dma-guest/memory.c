@@ -31,32 +31,34 @@ void map_mem(void)
 /* Where the device finds the byte at @off of the memory. */
 uint64_t dma_addr(uint32_t off)
 {
-	return iommu ? IOVA + off : st->pa[off / PAGE] + off % PAGE;
+	return iommu ? mem_iova + off : st->pa[off / PAGE] + off % PAGE;
 }
 
 /*
- * Write down, and say, where the pages are: DMA elsewhere is an error. Without an
- * IOMMU the queues have to be contiguous.
+ * Write down, and say, where the device finds the pages: DMA elsewhere is an error.
+ * Without an IOMMU the queues have to be contiguous.
  */
 void note_pages(void)
 {
 	uint32_t first = 0;
 
-	if (iommu)
+	if (iommu) {
+		say("MEMORY at=%#llx pages=%u", (unsigned long long)mem_iova, NPAGES);
 		return;
+	}
 	for (uint32_t i = 0; i < NPAGES; i++) {
-		st->pa[i] = get_pa(IOVA + (uint64_t)i * PAGE);
+		st->pa[i] = get_pa(mem_iova + (uint64_t)i * PAGE);
 		if (i && st->pa[i] != st->pa[i - 1] + PAGE) {
 			if (i < QUEUE_SIZE / PAGE) {
 				errno = ENOMEM;
 				die("memory for the queues is not contiguous");
 			}
-			say("MEMORY phys=%#llx pages=%u",
+			say("MEMORY at=%#llx pages=%u",
 			    (unsigned long long)st->pa[first], i - first);
 			first = i;
 		}
 	}
-	say("MEMORY phys=%#llx pages=%u", (unsigned long long)st->pa[first],
+	say("MEMORY at=%#llx pages=%u", (unsigned long long)st->pa[first],
 	    NPAGES - first);
 }
 
@@ -68,8 +70,53 @@ void check_pages(void)
 	if (iommu)
 		return;
 	for (uint32_t i = 0; i < NPAGES; i++)
-		moved += get_pa(IOVA + (uint64_t)i * PAGE) != st->pa[i];
+		moved += get_pa(mem_iova + (uint64_t)i * PAGE) != st->pa[i];
 	say("%s pages: %u of %u moved", moved ? "FAIL" : "ok", moved, NPAGES);
+}
+
+/* The rest of a workload's memory: preserved with the device, not mapped for it. */
+#define MORE_SIZE	(32u << 20)
+#define MORE_WORDS	(MORE_SIZE / sizeof(uint64_t))
+#define MORE_FACTOR	0x6b686f642d646d61ull
+
+static int more = -1;
+
+static uint64_t *map_more(void)
+{
+	uint64_t *p = mmap(NULL, MORE_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, more, 0);
+
+	if (p == MAP_FAILED)
+		die("mmap more memory");
+	return p;
+}
+
+void preserve_more(void)
+{
+	uint64_t *p;
+
+	if (more < 0) {
+		more = new_memfd("more", MORE_SIZE);
+		p = map_more();
+		for (size_t i = 0; i < MORE_WORDS; i++)
+			p[i] = i * MORE_FACTOR;
+		munmap(p, MORE_SIZE);
+	}
+	must(try_preserve(more, TOK_MORE), "preserve more memory");
+}
+
+/* The device has been back for a while: it does not wait for this memory. */
+void retrieve_more(void)
+{
+	size_t bad = 0;
+	uint64_t *p;
+
+	more = try_retrieve(TOK_MORE);
+	must(more, "retrieve more memory");
+	p = map_more();
+	for (size_t i = 0; i < MORE_WORDS; i++)
+		bad += p[i] != i * MORE_FACTOR;
+	munmap(p, MORE_SIZE);
+	say("%s memory retrieved after the device: %zu words changed", bad ? "FAIL" : "ok", bad);
 }
 
 /* Use what is free for a pattern, so that stray DMA hits it. */

@@ -50,6 +50,7 @@ static void control_first(void)
 	die("kexec");
 }
 
+/* Look at the memory, and leave everything else as it is. */
 static void control_next(int stage)
 {
 	retrieve_session("dma");
@@ -155,7 +156,7 @@ static struct second second_device(void)
 	check(s.ctx, "/dev/iommu");
 	must(bind_dev(s.dev, s.ctx), "bind second device");
 	ioas = alloc_ioas();
-	must(try_map_file(ioas, s.memfd, 0, MEM_SIZE, IOVA), "map second memfd");
+	must(try_map_file(ioas, s.memfd, 0, MEM_SIZE, mem_iova), "map second memfd");
 	must(attach_dev(s.dev, ioas), "attach second device");
 	bus_master(s.dev);
 	iommufd = first_ctx;
@@ -192,6 +193,8 @@ static void freezefail_first(void)
 	failing_reboot("reboot, next kernel without liveupdate", ENOEXEC);
 	load_kernel(2, 0, "kho=off");
 	failing_reboot("reboot, next kernel without kho", ENOEXEC);
+	load_kernel(2, 0, "movablecore=64M");
+	failing_reboot("reboot, next kernel with ZONE_MOVABLE", ENOEXEC);
 
 	s = second_device();
 	create_session("second");
@@ -543,7 +546,7 @@ static void refuse_pasid(void)
 /* What would be lost is refused by name, and nothing has happened. */
 static void refusals_first(void)
 {
-	const uint64_t iova = IOVA + 2ull * MEM_SIZE;
+	const uint64_t iova = mem_iova + 2ull * MEM_SIZE;
 
 	refuse_user_memory(iova);
 	refuse_other_memfd(iova);
@@ -700,6 +703,8 @@ const struct mode *find_mode(const char *name)
 	static const struct mode modes[] = {
 		{ .name = "run" },
 		{ .name = "control", .first = control_first, .next = control_next },
+		/* A kernel that was told not to take the IOMMU over, as if it could not. */
+		{ .name = "noadopt", .next = control_next },
 		{ .name = "abort", .first = abort_first, .stays = true },
 		{ .name = "freezefail", .first = freezefail_first, .stays = true },
 		{ .name = "kexecload", .first = kexecload_first, .stays = true },
@@ -724,6 +729,12 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
 		{ .name = "panic", .first = panic_first },
+		{ .name = "map", .first = damage_first, .next = damage_next },
+		{ .name = "fdt", .first = damage_first, .next = damage_next },
+		{ .name = "vendor", .first = damage_first, .next = damage_next },
+		{ .name = "flags", .first = damage_first, .next = damage_next },
+		{ .name = "bridge", .first = damage_first, .next = damage_next },
+		{ .name = "slot", .first = damage_first, .next = damage_next },
 	};
 
 	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)

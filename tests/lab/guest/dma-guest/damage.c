@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * Damage what is handed over. A device that the next kernel cannot know, or take over,
+ * must not write to memory that may be free.
+ */
+
+#include "guest.h"
+#include <endian.h>
+#include <sys/mount.h>
+
+/* The first property of eight bytes of KHO's device tree: where the map of memory is. */
+static uint64_t kho_map(const uint8_t *fdt, uint32_t size)
+{
+	uint32_t at = be32toh(*(uint32_t *)(fdt + 8));
+
+	while (at + 20 <= size) {
+		uint32_t token = be32toh(*(uint32_t *)(fdt + at));
+		uint32_t len = be32toh(*(uint32_t *)(fdt + at + 4));
+		uint64_t phys;
+
+		if (token == 1) {		/* a node: skip its name */
+			at += 4 + ((strlen((char *)fdt + at + 4) + 4) & ~3u);
+		} else if (token != 3) {
+			at += 4;
+		} else if (len != sizeof(phys)) {
+			at += 12 + ((len + 3) & ~3u);
+		} else {
+			memcpy(&phys, fdt + at + 12, sizeof(phys));
+			return phys;
+		}
+	}
+	errno = ENOENT;
+	die("no map of memory in KHO's device tree");
+	return 0;
+}
+
+/* Every page of memory below 1 GiB that begins like @fdt. */
+static void damage_fdt(int mem_fd, const uint8_t *fdt)
+{
+	static const uint8_t nothing[40];
+	uint8_t page[40];
+	int n = 0;
+
+	for (off_t at = 1 << 20; at < 1 << 30; at += 4096) {
+		if (pread(mem_fd, page, sizeof(page), at) != sizeof(page) ||
+		    memcmp(page, fdt, sizeof(page)))
+			continue;
+		check(pwrite(mem_fd, nothing, sizeof(nothing), at), "damage the FDT");
+		n++;
+	}
+	say("%s damaged the FDT: %d", n ? "ok" : "FAIL", n);
+}
+
+/* A pointer to nowhere in the root of the map. */
+static void damage_map(int mem_fd, uint64_t root)
+{
+	uint64_t table[512];
+
+	check(pread(mem_fd, table, sizeof(table), root), "read the map");
+	for (int i = 0; i < 512; i++) {
+		if (table[i])
+			table[i] = 0x7ffdeadbe000ull;
+	}
+	check(pwrite(mem_fd, table, sizeof(table), root), "damage the map");
+	say("ok damaged the map at %#llx", (unsigned long long)root);
+}
+
+/* include/linux/kho/abi/pci.h */
+struct pci_liveupdate_ser {
+	uint64_t devices;
+	uint32_t count;
+	uint32_t capacity;
+};
+
+struct pci_dev_ser {
+	uint32_t domain;
+	uint8_t bus, devfn, hdr_type, reserved;
+	uint16_t vendor, device;
+	uint32_t flags;
+	uint8_t rest[72];
+};
+
+/* The records of the device and of the port above it: not the device, not valid, ... */
+static void damage_records(int mem_fd, const char *what)
+{
+	struct pci_liveupdate_ser ser;
+	struct pci_dev_ser r[46];
+	int fd = open("/sys/kernel/debug/kho/out/sub_fdts/dma", O_RDONLY);
+	size_t size;
+
+	if (read(fd, &ser, sizeof(ser)) != sizeof(ser) || !ser.count || ser.count > 46)
+		die("the records of PCI devices");
+	size = ser.count * sizeof(r[0]);
+	check(pread(mem_fd, r, size, ser.devices), "read the records");
+	for (uint32_t i = 0; i < ser.count; i++) {
+		bool is_bridge = r[i].flags & 1;
+
+		if (!strcmp(what, "flags"))
+			r[i].flags |= 1 << 20;
+		else if (!strcmp(what, "bridge") ? is_bridge : !strcmp(what, "vendor") && !is_bridge)
+			r[i].vendor ^= 0xffff;
+		else if (!strcmp(what, "slot") && !is_bridge)
+			r[i].devfn = 0xff;
+	}
+	check(pwrite(mem_fd, r, size, ser.devices), "damage the records");
+	say("ok damaged %u records", ser.count);
+}
+
+/* The whole handover is damaged, not only the records of PCI devices. */
+static bool all_damaged(void)
+{
+	return !strcmp(mode->name, "map") || !strcmp(mode->name, "fdt");
+}
+
+void damage_first(void)
+{
+	uint8_t fdt[8192] = {};
+	int fd;
+
+	load_kernel(2, 0, "");
+	create_session("dma");
+	if (atoi(param("dma.memonly", "0")))
+		must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	else
+		preserve_all();
+	run_for(0.5);
+	check(mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL), "debugfs");
+	fd = open("/sys/kernel/debug/kho/out/fdt", O_RDONLY);
+	check(read(fd, fdt, sizeof(fdt)), "KHO's FDT");
+	fd = open("/dev/mem", O_RDWR);
+	check(fd, "/dev/mem");
+	if (!all_damaged())
+		damage_records(fd, mode->name);
+	else if (!strcmp(mode->name, "fdt"))
+		damage_fdt(fd, fdt);
+	else
+		damage_map(fd, kho_map(fdt, sizeof(fdt)));
+	do_kexec();
+	die("kexec");
+}
+
+void damage_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	say("QUIESCED");
+	ret = try_retrieve_session("dma");
+	verdict((ret < 0) == all_damaged(), "retrieve the session", ret);
+	fill_memory();
+	sleep(3);
+	check_filler();
+	power_off();
+}

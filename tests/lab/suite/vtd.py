@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Intel VT-d: IO page tables are replaced under DMA, and go over a kexec.
+
+The guest's half is guest/dma-guest.c. With dma.mode=replace an e1000e that packets
+are sent to all the time goes to and fro between two HWPTs of one IOAS. Otherwise
+the kernel is replaced, and the device, translated all the time, goes from the frozen
+HWPT to one of the new kernel. Packets that were not written, and DMA that QEMU's
+IOMMU refused, are counted.
+"""
+
+import re
+
+from lablib import trace
+from lablib.check import expect, test
+from .dma import Run, quiesced
+from .upstream import quiet
+
+MODES = {"legacy": "vtd-legacy", "second-stage": "vtd-scalable", "first-stage": "vtd-first-stage"}
+FAULT = "vtd_dmar_fault"
+MINIMAL, UNPATCHED = ("minimal", False, ""), ("minimal", True, "")
+DEVICE = 0x0100             # bus 1, device 0: as QEMU's trace has the requester
+
+
+def requester(fault):
+    return int(re.search(r"sid (0x[0-9a-f]+)", fault.text).group(1), 16)
+
+
+def faults(run):
+    """How many DMA requests of the device QEMU's IOMMU refused."""
+    return sum(requester(e) == DEVICE for e in trace.read(run.vm.dir / "trace.log", {FAULT}))
+
+
+class Replaces:
+    """A run of @count replaces in @mode, and what came of it."""
+
+    def __init__(self, ctx, mode, count, *, rate=2000, kernel=None):
+        run = Run(ctx, mode="replace", rate=rate, options=f"dma.replaces={count}", kernel=kernel,
+                  machine=MODES.get(mode, mode), trace=(FAULT,), timeout=120 + count / 20)
+        said, got = run.lines("REPLACED"), run.result()
+        expect(said, f"the replaces did not come to their end; see {run.vm.dir}")
+        self.hitless = bool(run.lines("hitless 1"))
+        self.count, milliseconds, self.each = (
+            float(re.search(rf"{k}=([\d.]+)", said[0]).group(1)) for k in ("n", "ms", "replace_us"))
+        # By the host's clock
+        begin, end = run.lines("REPLACING")[0].when, said[0].when
+        self.meanwhile = run.dma(begin + run.offset, end + run.offset)
+        self.seconds = end - begin
+        self.sent, self.lost = len(run.sent), len(run.sent) - got["received"]
+        self.damaged = got["bad"] + got["doubled"] + got["incomplete"]
+        self.faults = faults(run)
+        ctx.figure(mode, f"{self.count:.0f} replaces in {self.seconds:.1f} s ({self.each:.0f} us each), "
+                         f"{self.sent} packets, {self.meanwhile} written meanwhile, {self.lost} lost, "
+                         f"{self.damaged} damaged, {self.faults} faults")
+
+    def judge(self, promised=True):
+        expect(self.meanwhile > 100, f"only {self.meanwhile} packets were written while replacing")
+        expect(not self.lost, f"{self.lost} of {self.sent} packets lost")
+        expect(not self.damaged, f"{self.damaged} packets damaged, doubled or incomplete")
+        expect(not self.faults, f"{self.faults} DMA requests refused")
+        expect(self.hitless == promised, f"IOMMU_GET_HW_INFO says that replacing is "
+                                         f"{'' if self.hitless else 'not '}hitless")
+
+
+def add(mode):
+    @test(f"replace-under-dma-{mode}")
+    def quick(ctx):
+        """No packet lost and no fault in 2,000 replaces between two equal HWPTs."""
+        Replaces(ctx, mode, 2000).judge()
+
+    @test(f"replace-100000-times-{mode}", part="vtd")
+    def full(ctx):
+        """The same, 100,000 times."""
+        Replaces(ctx, mode, 100000).judge()
+
+    @test(f"control-unpatched-replace-loses-packets-{mode}", part="vtd", kernels=(UNPATCHED,))
+    def control(ctx):
+        """The unpatched driver loses packets in the same test, or faults."""
+        old = Replaces(ctx, mode, 10000, kernel=ctx.kernel(unpatched=True))
+        expect(old.lost, f"nothing of {old.sent} packets was lost: the test cannot fail")
+        expect(old.faults, "no fault counted")
+        expect(not old.hitless, "the unpatched kernel says that replacing is hitless")
+
+
+@test(part="vtd")
+def replace_100000_times_amd_v1(ctx):
+    """AMD-Vi with v1 page tables, for which the driver promises nothing."""
+    Replaces(ctx, "amd-vi", 100000).judge(promised=False)
+
+
+@test(part="vtd", kernels=(UNPATCHED,))
+def control_unpatched_replace_loses_packets_amd_v1(ctx):
+    old = Replaces(ctx, "amd-vi", 10000, kernel=ctx.kernel(unpatched=True))
+    expect(old.lost, f"nothing of {old.sent} packets was lost: the test cannot fail")
+
+
+class Kexec(Run):
+    """@kexecs kexecs in @mode; free memory is filled before and compacted after each retrieve."""
+
+    def __init__(self, ctx, mode, kexecs, *, options="", timeout=240):
+        super().__init__(ctx, kexecs=kexecs, machine=MODES.get(mode, mode),
+                         trace=(FAULT, "vtd_dmar_enable"),
+                         options=f"dma.fill=1 {options}", timeout=timeout)
+
+    def judge(self, ctx, kexecs):
+        self.nothing_lost(ctx, kexecs)
+        expect(not faults(self), f"{faults(self)} DMA requests of the device refused")
+        # On once, by the first kernel, and never off until the machine is.
+        end = self.blackouts()[-1][1]
+        switched = [e.text for e in trace.read(self.vm.dir / "trace.log", {"vtd_dmar_enable"})
+                    if e.when < end]
+        expect(len(switched) == 1, f"translation was switched {len(switched)} times: {switched}")
+        expect(len(self.lines("replaced the frozen HWPT")) == kexecs, "a frozen HWPT was not replaced")
+        quiet(self.vm)
+
+
+def add_kexec(mode):
+    @test(f"dma-through-two-kexecs-{mode}")
+    def quick(ctx):
+        """Translated all the time: nothing lost, no fault, and translation is never off."""
+        Kexec(ctx, mode, 2, options="dma.irq=1").judge(ctx, 2)
+
+    @test(f"dma-through-twenty-kexecs-{mode}", part="vtd")
+    def full(ctx):
+        """The same, 20 in a row."""
+        Kexec(ctx, mode, 20, options="dma.irq=1", timeout=1200).judge(ctx, 20)
+
+
+for name in MODES:
+    add(name)
+    add_kexec(name)
+
+
+@test(part="vtd")
+def replace_and_kexec_in_caching_mode(ctx):
+    """An IOMMU that caches what is not present, as one that a hypervisor emulates may."""
+    Replaces(ctx, "vtd-caching", 20000).judge()
+    Kexec(ctx, "vtd-caching", 2).judge(ctx, 2)
+
+
+@test(part="vtd")
+def the_mode_of_the_unit_is_kept(ctx):
+    """The next kernel is told to use scalable mode, and the unit is in legacy mode, and back."""
+    for first, then in (("sm_off", "sm_on"), ("sm_on", "sm_off")):
+        run = Kexec(ctx, "second-stage", 1,
+                    options=f"intel_iommu={first} dma.next=intel_iommu={then}")
+        run.judge(ctx, 1)
+        mode = "legacy" if first == "sm_off" else "scalable"
+        expect(any(f"in {mode} mode, as the previous" in x for x in run.vm.console.lines),
+               f"the next kernel does not say that it goes on in {mode} mode")
+
+
+@test()
+def dma_goes_on_after_an_abort_vtd(ctx):
+    run = Run(ctx, mode="abort", machine=MODES["legacy"], trace=(FAULT,))
+    got = run.result()
+    expect(len(run.sent) == got["received"] and not got["incomplete"], f"sent {len(run.sent)}: {got}")
+    expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
+
+
+@test(part="vtd")
+def dma_goes_on_after_a_freeze_that_fails_vtd(ctx):
+    run = Run(ctx, mode="freezefail", machine=MODES["second-stage"], trace=(FAULT,))
+    got = run.result()
+    expect(len(run.sent) == got["received"] and not got["incomplete"], f"sent {len(run.sent)}: {got}")
+
+
+@test(part="vtd")
+def quiesced_at_the_last_close_vtd(ctx):
+    """The device is stopped, and its group is back with its default domain."""
+    quiesced(ctx, "lastclose", machine=MODES["legacy"])
+
+
+@test(part="vtd")
+def quiesced_at_the_deadline_vtd(ctx):
+    quiesced(ctx, "deadline", machine=MODES["first-stage"])
+
+
+def stopped(ctx, mode):
+    """Every 16th packet is to go to where nothing is mapped; the IOMMU stops it in both kernels."""
+    run = Run(ctx, kexecs=1, machine=MODES[mode], trace=(FAULT,), options="dma.outside=16")
+    got, sent = run.result(), len(run.sent)
+    expect(sent - got["received"] == got["bad"] == got["lost"], f"sent {sent}: {got}")
+    hits = [e.when for e in trace.read(run.vm.dir / "trace.log", {FAULT})
+            if requester(e) == DEVICE]
+    (begin, end), = run.blackouts()
+    phases = [sum(a <= t < b for t in hits) for a, b in ((0, begin), (begin, end), (end, float("inf")))]
+    expect(all(phases), f"faults before, during and after the blackout: {phases}")
+    expect(sum(phases) >= got["bad"], f"{phases} faults for {got['bad']} packets")
+    ctx.figure("stopped", f"{got['bad']} of {sent} packets, faults {phases} before, during and after "
+                          f"the blackout")
+
+
+@test()
+def dma_outside_of_the_mappings_is_stopped(ctx):
+    stopped(ctx, "legacy")
+
+
+@test(part="vtd")
+def dma_outside_of_the_mappings_is_stopped_first_stage(ctx):
+    stopped(ctx, "first-stage")
+
+
+@test()
+def control_packets_are_lost_without_the_adoption(ctx):
+    """A kernel that does not take the IOMMU over loses packets, and the device ends blocked."""
+    run = Run(ctx, mode="noadopt", kexecs=1, machine=MODES["legacy"], trace=(FAULT,),
+              options="intel_liveupdate.test_no_adopt=1")
+    got, end = run.result(), run.blackouts()[0][1]
+    lost = len(run.sent) - got["received"]
+    late = [e for e in trace.read(run.vm.dir / "trace.log", {FAULT})
+            if requester(e) == DEVICE and e.when > end]
+    expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
+    expect(late, "the device is not blocked")
+    ctx.figure("lost", f"{lost} of {len(run.sent)}, {len(late)} faults after the blackout")
