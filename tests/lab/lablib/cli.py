@@ -180,7 +180,7 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
     d.set_defaults(run=verb_demo)
 
     b = verbs.add_parser("bench", help="figures, each with its baseline from the same run")
-    b.add_argument("names", nargs="*", metavar="FIGURE", help=", ".join(bench.PAIRS))
+    b.add_argument("names", nargs="*", metavar="FIGURE", help=", ".join(bench.FIGURES))
     b.add_argument("--minutes", type=float, default=0, help="begin no pair of a figure after so long")
     b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs (default 30)")
     b.set_defaults(run=verb_bench)

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * kho_bench - the guest half of the boot-cost benchmark (init of a bare guest)
+ * kho-bench - what preserved memory costs, and whether it comes back: the guest's
+ * half of lablib/memory.py, as PID 1
  *
  * Stage 1 (cold boot) builds a memfd whose pages lie in physical memory in a
- * chosen pattern, loads the same kernel for kexec, preserves the memfd in a
- * LUO session and reboots into the new kernel.  Stage 2 retrieves it, verifies
+ * chosen pattern, loads the kernel /lab/next on the share with the host for kexec,
+ * preserves the memfd in a LUO session and reboots into the new kernel.  Stage 2 retrieves it, verifies
  * every byte by the seed, finishes the session and powers off.
  *
  * Nothing is inferred: the number of physically contiguous runs is read from
@@ -24,6 +25,8 @@
  *   khobench.seed=N       seed of the contents
  *   khobench.evict=0|1    first fill the movable memory in KHO's scratch areas
  *                         so that preserving has nothing to migrate (default 1)
+ *   khobench.fill=1       use up free memory before the memfd is retrieved, and
+ *                         look at the end that nobody wrote to it
  *   khobench.expect=E     ok (default); enomem: preserving must fail with
  *                         ENOMEM and leave the guest usable; refused: see damage
  *   khobench.damage=D     before the reboot damage the map of preserved memory
@@ -34,7 +37,6 @@
  *   khobench.rounds=N     handovers in a row (default 1)
  *   khobench.stage=N      set by stage N - 1
  */
-#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -50,6 +52,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#include <linux/kexec.h>
 
 /* linux/liveupdate.h: spelled out, the build host's headers may be older */
 #define LU_NAME_LEN 64
@@ -77,8 +80,7 @@ struct lu_finish_arg {
 #define TOKEN		0x4b484f42ULL
 #define PAGE		4096UL
 #define HUGE		(2UL << 20)
-#define KERNEL		"/kernel"
-#define INITRD		"/initrd.img"
+#define KERNEL		"/lab/next"
 
 static int kmsg = -1;
 static char cmdline[4096];
@@ -428,6 +430,42 @@ static size_t count_in_scratch(char *p, size_t n)
 	return in;
 }
 
+/* -- memory pressure ------------------------------------------------------ */
+
+static unsigned char *filler;
+static size_t filler_len;
+
+/* Everything that is free, but 48 MiB and what the kernel needs to retrieve @len bytes. */
+static void fill_memory(size_t len)
+{
+	unsigned long reserve = 49152 + (len >> 10) / 64;
+	const size_t chunk = 4UL << 20;
+
+	filler = mmap(NULL, 1UL << 34, PROT_READ | PROT_WRITE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (filler == MAP_FAILED)
+		die("mmap filler");
+	while (meminfo_kib("MemFree:") > meminfo_kib("CmaFree:") + reserve) {
+		memset(filler + filler_len, 0xa5, chunk);
+		filler_len += chunk;
+	}
+	say("filled_mib=%zu", filler_len >> 20);
+}
+
+static void check_filler(void)
+{
+	size_t bad = 0;
+
+	for (size_t i = 0; i < filler_len; i++)
+		bad += filler[i] != 0xa5;
+	say("filler_changed=%zu", bad);
+	if (bad) {
+		errno = EIO;
+		die("memory of this kernel was written to");
+	}
+	munmap(filler, 1UL << 34);
+}
+
 /* -- damage --------------------------------------------------------------- */
 
 static uint32_t be32(const char *p)
@@ -525,19 +563,19 @@ static void damage_map(const char *how)
 static void load_kernel(int next_stage)
 {
 	char next[sizeof(cmdline) + 32], *p;
-	int k = open(KERNEL, O_RDONLY), r = open(INITRD, O_RDONLY);
+	int k = open(KERNEL, O_RDONLY);
 
-	if (k < 0 || r < 0)
-		die("open %s %s", KERNEL, INITRD);
+	if (k < 0)
+		die("open " KERNEL);
 	snprintf(next, sizeof(next), "%s", cmdline);
 	p = strstr(next, " khobench.stage=");
 	if (p)
 		*p = 0;
 	snprintf(next + strlen(next), 32, " khobench.stage=%d", next_stage);
-	if (syscall(SYS_kexec_file_load, k, r, strlen(next) + 1, next, 0UL))
+	if (syscall(SYS_kexec_file_load, k, -1, strlen(next) + 1, next,
+		    KEXEC_FILE_NO_INITRAMFS))
 		die("kexec_file_load");
 	close(k);
-	close(r);
 }
 
 static int lu_open(void)
@@ -563,6 +601,7 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 {
 	struct lu_fd_arg arg = { .size = sizeof(arg), .fd = fd, .token = TOKEN };
 	const char *expect = param("expect", "ok");
+	long free_kib;
 	uint64_t t;
 	int s;
 
@@ -577,6 +616,7 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 		s = session(lu_open(), LU_CREATE_SESSION);
 		if (s < 0)
 			die("create session");
+		free_kib = meminfo_kib("MemFree:");
 		t = now_us();
 		if (ioctl(s, LU_PRESERVE_FD, &arg)) {
 			int err = errno;
@@ -592,7 +632,9 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 			say("DONE");
 			power_off();
 		}
-		say("preserve_us=%llu", (unsigned long long)(now_us() - t));
+		t = now_us() - t;
+		say("preserve_us=%llu kho_kib=%ld", (unsigned long long)t,
+		    free_kib - (long)meminfo_kib("MemFree:"));
 		if (!strcmp(expect, "enomem"))
 			die("preserve was not refused");
 		report_runs(p, len / PAGE);
@@ -615,12 +657,14 @@ int main(void)
 	mkdir("/dev", 0755);
 	mkdir("/proc", 0755);
 	mkdir("/sys", 0755);
+	mkdir("/lab", 0755);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
 	kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
 	say("init");
 	if (mount("proc", "/proc", "proc", 0, NULL) ||
 	    mount("sysfs", "/sys", "sysfs", 0, NULL) ||
-	    mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL))
+	    mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL) ||
+	    mount("lab", "/lab", "9p", 0, "trans=virtio,version=9p2000.L"))
 		die("mount");
 	if (slurp("/proc/cmdline", cmdline, sizeof(cmdline)) < 0)
 		die("cmdline");
@@ -670,6 +714,8 @@ int main(void)
 		if (s < 0)
 			die("retrieve session");
 		close(lu);
+		if (atoi(param("fill", "0")))
+			fill_memory(len);
 		t = now_us();
 		if (ioctl(s, LU_RETRIEVE_FD, &arg))
 			die("retrieve");
@@ -687,6 +733,8 @@ int main(void)
 		 * Fill what is free before looking: a page that was handed out
 		 * by mistake is then overwritten and not merely unused.
 		 */
+		if (filler)
+			check_filler();
 		evict_scratch();
 		p = map_memfd(arg.fd, len);
 		bad = check_pages(p, len / PAGE, seed);

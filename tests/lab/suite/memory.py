@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Preserved memory comes back, whatever its shape, and a bad handover has a defined end.
+
+Every handover here ends with all pages compared with what was written before the kexec, after
+all memory that is free in the next kernel was written to.
+"""
+
+import re
+import shutil
+
+from lablib import kernel
+from lablib.check import expect, tap, test
+from lablib.common import cache_dir, lock, run
+from lablib.images import full_image
+from lablib.memory import Shape, hand_over
+from lablib.qemu import VM
+from suite.upstream import quiet, suite
+
+SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(256, huge=True))
+NUMA = (("numa", False, ""),)
+EAGER = (("eager", False, ""),)
+DEBUG = (("debug", False, ""),)
+
+
+def come_back(ctx, config, shapes=SHAPES, **kw):
+    """Each of @shapes on the kernel @config, with all free memory used up before the retrieve."""
+    for shape in shapes:
+        got = hand_over(ctx.kernel(config), shape, name=f"memory-{config}",
+                        options="khobench.fill=1", **kw)
+        if shape.mib:
+            expect(int(got.old["in_scratch"]) == 0, f"{shape}: pages lie in scratch")
+            expect(shape.pattern != "second" or int(got.old["runs"]) > shape.mib * 100,
+                   f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
+            expect(int(got.new["filled_mib"]) > 64, f"only {got.new['filled_mib']} MiB were filled")
+        ctx.figure(str(shape), f"{got.old.get('runs', 0)} runs, all pages right")
+
+
+@test()
+def memory_of_two_shapes_comes_back(ctx):
+    """Every second page, which has most of the cases; huge folios stay whole."""
+    come_back(ctx, "minimal", (Shape(128, "second"), Shape(128, huge=True)), memory="1G")
+
+
+@test(part="memory")
+def memory_of_every_shape_comes_back(ctx):
+    """struct pages initialized late (CONFIG_DEFERRED_STRUCT_PAGE_INIT), as distributions have it."""
+    come_back(ctx, "minimal")
+
+
+@test(part="memory", kernels=EAGER)
+def memory_comes_back_without_deferred_struct_pages(ctx):
+    come_back(ctx, "eager")
+
+
+@test(part="memory", kernels=NUMA)
+def memory_comes_back_on_two_nodes(ctx):
+    come_back(ctx, "numa", memory="2G", nodes=2)
+
+
+@test(part="memory", kernels=DEBUG)
+def memory_comes_back_on_the_debug_kernel(ctx):
+    """With CONFIG_KEXEC_HANDOVER_DEBUG, lockdep and KASAN, which stay silent."""
+    come_back(ctx, "debug", (Shape(64, "second"), Shape(64, huge=True)), memory="3G", timeout=600)
+
+
+@test(part="memory")
+def memory_comes_back_twice_in_a_row(ctx):
+    """The second kernel hands over what it retrieved itself."""
+    got = hand_over(ctx.kernel(), Shape(128, "second"), options="khobench.rounds=2")
+    expect(got.says("stage=3"), "there was no second handover")
+
+
+@test(part="memory", kernels=(("debug", False, ""), ("minimal", False, "")))
+def memory_comes_back_from_the_debug_kernel(ctx):
+    hand_over(ctx.kernel("debug"), Shape(64, "hole"), next_kernel=ctx.kernel(), memory="3G",
+              timeout=600)
+
+
+@test(part="memory")
+def too_much_memory_is_refused_at_preserve(ctx):
+    """What does not fit outside of scratch: -ENOMEM, and not the end of the machine."""
+    got = hand_over(ctx.kernel(), Shape(900), memory="2G", kho_scratch="64M,1000M,64M",
+                    options="khobench.expect=enomem khobench.evict=0")
+    expect(got.old.get("preserve_failed") == "Cannot", f"preserve: {got.old.get('preserve_failed')}")
+
+
+def refused(ctx, how):
+    """The next kernel says what is wrong, forgets the handover and has all of its memory."""
+    got = hand_over(ctx.kernel(), Shape(128, "second"), memory="1G",
+                    options=f"khobench.damage={how} khobench.expect=refused")
+    expect(got.says("preserved memory map has an invalid"), f"{how}: the kernel says no reason")
+    expect(got.says("disabling KHO revival"), f"{how}: the handover was not refused")
+
+
+@test(part="memory")
+def a_damaged_map_of_memory_is_refused(ctx):
+    """A pointer to nowhere; pages outside of memory; pages in scratch."""
+    for how in ("node", "range", "scratch"):
+        refused(ctx, how)
+
+
+@test()
+def preflight_finds_scratch_that_is_too_small(ctx):
+    """With kho_scratch=16M,16M,16M the next kernel would die before it has a console."""
+    for scratch, status in (("16M,16M,16M", 5), ("", 0)):
+        with ctx.vm(memory="1G", kho_scratch=scratch) as vm:
+            vm.ready()
+            shutil.copy(ctx.kernel() / "bzImage", vm.share / "next")
+            r = vm.run("khoctl preflight --kernel /lab/next", check=False)
+            line = next((x for x in r.out.splitlines() if " scratch " in x), "")
+            expect(line.startswith("OBSTACLE" if status else "ok"), f"{scratch or 'default'}: {r.out}")
+            expect(r.status == status or not status, f"{scratch}: status {r.status}: {r.out}")
+            ctx.figure(scratch or "default", re.sub(r"\s+", " ", line))
+
+
+@test(part="memory")
+def upstream_memblock(ctx):
+    """tools/testing/memblock, with the series' cases, with and without NUMA."""
+    kernel.build()
+    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+        where = kernel.tree() / "tools/testing/memblock"
+        for options in ([], ["NUMA=1"]):
+            run(["make", "-s", "clean", "main", *options], cwd=where, what="building memblock's suite")
+            out = run(["./main", "-v"], cwd=where, what="memblock's suite")
+            passed, failed, _ = tap(out)
+            expect(passed and not failed, f"memblock {options}: {failed[:3]} {out[-300:]}")
+            ctx.figure(" ".join(["memblock", *options]), f"{passed} ok")
+        run(["make", "-s", "clean"], cwd=where)
+
+
+@test(part="memory", kernels=DEBUG)
+def upstream_kho_and_liveupdate_on_the_debug_kernel(ctx):
+    """liveupdate's suite and KHO's own test in the kernel, which stay silent."""
+    with VM(ctx.kernel("debug"), full_image(), name="memory-suites", init="bare", memory="3G") as vm:
+        vm.ready(400)
+        suite(ctx, vm, "liveupdate/liveupdate", 600)
+        vm.kexec(timeout=400)
+        expect(vm.console.find("KHO restore succeeded", vm.mark) is not None,
+               "the kernel's KHO test did not find its data again")
+        quiet(vm)
