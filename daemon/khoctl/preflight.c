@@ -1,7 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
+#include <endian.h>
 #include <errno.h>
 #include <getopt.h>
 #include <stdarg.h>
+#include <stdint.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #include "compat.h"
@@ -13,7 +16,8 @@ static const char help[] =
 	"Changes nothing. Exit status 5 if a required item is missing.\n"
 	"\n"
 	"  --kernel FILE  also compare what the kernel in FILE can take over (a bzImage or a\n"
-	"                 vmlinux, and its modules in /lib/modules) with the running one\n"
+	"                 vmlinux, and its modules in /lib/modules) with the running one, and\n"
+	"                 count its size into the scratch memory that it needs\n"
 	"  --json         print it as JSON\n";
 
 struct flight {
@@ -83,6 +87,46 @@ static void check_kernel(struct flight *p)
 	}
 }
 
+/* Memory that a bzImage takes while it boots, in bytes; 0 for any other file. */
+static uint64_t boot_size(const char *path)
+{
+	/* Documentation/arch/x86/boot.rst: the magic, and init_size. */
+	enum { MAGIC = 0x202, INIT_SIZE = 0x260 };
+	unsigned char header[INIT_SIZE + sizeof(uint32_t)];
+	FILE *f = fopen(path, "re");
+	uint32_t size = 0;
+
+	if (!f)
+		return 0;
+	if (fread(header, sizeof(header), 1, f) == 1 && !memcmp(header + MAGIC, "HdrS", 4))
+		memcpy(&size, header + INIT_SIZE, sizeof(size));
+	fclose(f);
+	return le32toh(size);
+}
+
+/*
+ * Until it knows what is preserved, the next kernel can use KHO's scratch memory only,
+ * and dies before it has a console if there is too little of it.
+ */
+static void check_scratch(struct flight *p, const char *kernel)
+{
+	char line[32], have[32], want[32];
+	uint64_t size, needed;
+
+	if (!read_line("/sys/kernel/kexec/kho_scratch_size", line, sizeof(line)))
+		return;		/* no kexec handover, or a kernel that does not tell */
+	size = strtoull(line, NULL, 10);
+	if (!size || !read_line("/sys/kernel/kexec/kho_scratch_needed", line, sizeof(line)))
+		return;
+	needed = strtoull(line, NULL, 10);
+	if (kernel)
+		needed += boot_size(kernel);
+	item(p, "scratch", size >= needed, true,
+	     size >= needed ? "%s, a kernel like this one needs about %s" :
+	     "%s, but a kernel like this one needs about %s and would die before it has a console: boot with a larger kho_scratch=",
+	     human_size(size, have), human_size(needed, want));
+}
+
 /* Return: whether the next kernel has what the running one would hand over as @i. */
 static bool check_entry(struct flight *p, const char *path, const struct compat *running,
 			const struct compat *next, size_t i)
@@ -140,8 +184,10 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 
 	switch (w->state) {
 	case KHO_WORKLOAD_HELD:
-		item(p, w->name, true, true, "held, %zu files, %s", w->n_files,
-		     human_size(w->bytes, size));
+		/* Pages in scratch were moved out of it when they were preserved. */
+		item(p, w->name, true, true,
+		     "held, %zu files, %s, preserved already: no page is moved in the blackout",
+		     w->n_files, human_size(w->bytes, size));
 		return;
 	case KHO_WORKLOAD_UNREADABLE:
 		item(p, w->name, true, true, "held; it can be claimed after the kexec only");
@@ -225,6 +271,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	if (p.json)
 		json_open(&p.j, NULL, '[');
 	check_kernel(&p);
+	check_scratch(&p, kernel);
 	if (kernel)
 		check_next_kernel(&p, kernel);
 	check_khod(&p, ctl);
