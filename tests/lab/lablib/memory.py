@@ -28,10 +28,11 @@ class Shape:
     mib: int
     pattern: str = "contig"     # contig, hole (one in a hundred), second (every second page)
     huge: bool = False          # 2 MiB folios
+    large: bool = False         # in a large guest, though it is little
 
     def __str__(self):
         if not self.mib:
-            return "nothing"
+            return "nothing, in a large guest" if self.large else "nothing"
         pattern = {"contig": "contiguous", "hole": "a hole in a hundred",
                    "second": "every second page"}[self.pattern]
         return f"{self.mib} MiB, {'2 MiB' if self.huge else '4 KiB'} folios, {pattern}"
@@ -52,6 +53,13 @@ class Handover:
 def words(lines):
     """key=value of every "khobench: " line; the last of a name counts."""
     return {k: v for x in lines for k, v in re.findall(r"(\w+)=(\S+)", x.split("khobench:")[1])}
+
+
+def numa(gib: int, nodes: int) -> list:
+    """QEMU's arguments for a guest of @gib GiB, on @nodes nodes of equal size."""
+    return [x for n in range(nodes) for x in (
+        "-object", f"memory-backend-ram,id=ram{n},size={gib * 1024 // nodes}M,prealloc=on",
+        "-numa", f"node,nodeid={n},memdev=ram{n}")]
 
 
 def hand_over(kernel, shape, *, next_kernel=None, memory="2G", options="", timeout=300,

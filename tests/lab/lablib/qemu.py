@@ -131,14 +131,6 @@ def kvm_works(kernel: Path) -> bool:
     return b"Unable to mount root fs" in r.stdout
 
 
-def numa_args(memory: str, nodes: int) -> list:
-    """@memory, in whole GiB, on @nodes nodes of equal size."""
-    mib = int(memory.removesuffix("G")) * 1024 // nodes
-    return [x for n in range(nodes) for x in (
-        "-object", f"memory-backend-ram,id=ram{n},size={mib}M,prealloc=on",
-        "-numa", f"node,nodeid={n},memdev=ram{n}")]
-
-
 class VM:
     """A guest of the lab.
 
@@ -152,21 +144,19 @@ class VM:
     @trace:   QEMU trace events
     @disk_options: more for the -drive of each nvme, such as throttling
     @arguments: more for QEMU
-    @nodes:   number of NUMA nodes that the memory is divided into
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
               compacts before anything else (with a bare init: before kexec() returns)
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=(), nodes=1):
+                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=()):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
         self.emulator = emulator(qemu or profile(machine)[2])
         self.memory, self.cpus, self.append = memory, cpus, append
         self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
         self.pressure, self.disk, self.arguments = pressure, disk_options, list(arguments)
-        self.nodes = nodes
         runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
         runs.mkdir(parents=True, exist_ok=True)
         prune_runs(runs)
@@ -225,9 +215,7 @@ class VM:
                 "-device", "virtio-blk-pci,drive=root",
                 "-virtfs", f"local,path={self.share},mount_tag=lab,security_model=none",
                 "-D", str(d / "trace.log"), "-msg", "timestamp=on"]
-        if self.nodes > 1:
-            args += numa_args(self.memory, self.nodes)
-        elif self.prealloc:
+        if self.prealloc:
             args += ["-object", f"memory-backend-ram,id=ram,size={self.memory},prealloc=on",
                      "-machine", "memory-backend=ram"]
         args += [*profile(self.machine)[0], *self.arguments]

@@ -10,9 +10,9 @@ import shutil
 
 from lablib import kernel
 from lablib.check import expect, tap, test
-from lablib.common import cache_dir, lock, run
+from lablib.common import run
 from lablib.images import full_image
-from lablib.memory import Shape, hand_over
+from lablib.memory import Shape, hand_over, numa
 from lablib.qemu import VM
 from suite.upstream import quiet, suite
 
@@ -54,7 +54,7 @@ def memory_comes_back_without_deferred_struct_pages(ctx):
 
 @test(part="memory", kernels=NUMA)
 def memory_comes_back_on_two_nodes(ctx):
-    come_back(ctx, "numa", memory="2G", nodes=2)
+    come_back(ctx, "numa", memory="2G", arguments=numa(2, 2))
 
 
 @test(part="memory", kernels=DEBUG)
@@ -101,8 +101,8 @@ def a_damaged_map_of_memory_is_refused(ctx):
 
 @test()
 def preflight_finds_scratch_that_is_too_small(ctx):
-    """With kho_scratch=16M,16M,16M the next kernel would die before it has a console."""
-    for scratch, status in (("16M,16M,16M", 5), ("", 0)):
+    """What the next kernel cannot come up with is an obstacle; the default size is not."""
+    for scratch, status in (("12M,12M,12M", 5), ("", 0)):
         with ctx.vm(memory="1G", kho_scratch=scratch) as vm:
             vm.ready()
             shutil.copy(ctx.kernel() / "bzImage", vm.share / "next")
@@ -117,7 +117,7 @@ def preflight_finds_scratch_that_is_too_small(ctx):
 def upstream_memblock(ctx):
     """tools/testing/memblock, with the series' cases, with and without NUMA."""
     kernel.build()
-    with lock(cache_dir() / "linux.lock", "the kernel tree"):
+    with kernel.tree_lock():
         where = kernel.tree() / "tools/testing/memblock"
         for options in ([], ["NUMA=1"]):
             run(["make", "-s", "clean", "main", *options], cwd=where, what="building memblock's suite")
