@@ -347,6 +347,10 @@ def a_panic_while_frozen_ends_in_a_reset(ctx):
     expect(len(run.lines("ok a session after a panic")) == 2, "it did not start again")
 
 
+# Either will do: lines of the early console can be cut off when the guest is slow.
+STOPPED = r"bus mastering turned off|KHO: all devices were"
+
+
 def quiesced_as_the_handover_is_refused(ctx, mode):
     """The next kernel refuses it in early boot, and uses the memory for itself.
 
@@ -355,7 +359,7 @@ def quiesced_as_the_handover_is_refused(ctx, mode):
     """
     console = quiesced(ctx, mode).vm.console
     expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
-    expect(console.find("all devices were stopped") is not None, "no device was stopped in early boot")
+    expect(console.find(STOPPED) is not None, "no device was stopped in early boot")
 
 
 @test()
@@ -400,7 +404,7 @@ def memory_alone_is_lost_without_stopping_devices(ctx):
     """Nothing to stop, nothing to panic for: the machine comes up with all of its memory."""
     console = Run(ctx, mode="map", options="dma.memonly=1").vm.console
     expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
-    expect(console.find("all devices were stopped") is None, "devices were stopped for no reason")
+    expect(console.find(STOPPED) is None, "devices were stopped for no reason")
 
 
 def control(ctx, **kw):
