@@ -35,7 +35,12 @@ class Scratch:
     def lab(self, *args, prefix=(), **env):
         return subprocess.run([*prefix, str(self.project / "tests/lab/lab"), *args],
                               capture_output=True, text=True, check=False, timeout=300,
-                              env={**os.environ, "KHO_CACHE": str(self.cache), **env})
+                              env=self.environment(**env))
+
+    def environment(self, **env):
+        """Nothing of the developer's own settings of the lab, which would lead elsewhere."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("KHO_")}
+        return {**clean, "KHO_CACHE": str(self.cache), **env}
 
     def refused(self, result, *words):
         """Exit status 1, one error with all of @words, no traceback, nothing half done."""
@@ -68,7 +73,7 @@ def no_space(ctx):
         mount = (f"mount -t tmpfs -o size=64M tmpfs {s.cache} && exec "
                  f"{s.project}/tests/lab/lab kernel tree")
         r = subprocess.run([*in_namespace("--mount"), "sh", "-c", mount], capture_output=True,
-                           text=True, check=False, env={**os.environ, "KHO_CACHE": str(s.cache)})
+                           text=True, check=False, env=s.environment())
         s.refused(r, "no space", "GiB", "KHO_CACHE")
 
 
