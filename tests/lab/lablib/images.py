@@ -17,7 +17,7 @@ def selftests() -> Path:
     Which folder a series led to is remembered, so that a guest can be started while
     somebody builds in the kernel tree.
     """
-    key = digest(kernel.recorded_version(), kernel.patches_of(kernel.patches()),
+    key = digest(kernel.source_version(), kernel.patches_of(kernel.patches()),
                  rootfs.base("build").name, rootfs.BUILD_SELFTESTS)
     known = cache_dir() / "selftests" / f"{key}.of-series"
     if known.exists():

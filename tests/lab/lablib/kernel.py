@@ -57,13 +57,26 @@ def recorded_version() -> str:
     return path.read_text().split()[-1] if path.exists() else ""
 
 
+def source_version() -> str:
+    """The version that is built: the recorded one, or what was taken when that was gone."""
+    try:
+        return instead().read_text().strip()
+    except OSError:
+        return recorded_version()
+
+
+def instead() -> Path:
+    """A note in the cache of which version stands in for the recorded one."""
+    return cache_dir() / "packages" / f"instead-of-{recorded_version()}"
+
+
 # --- the source -------------------------------------------------------------
 
 def fetch() -> Path:
     """The source package: the recorded version, or the newest 7.3 with a warning."""
     store = cache_dir() / "packages"
     store.mkdir(exist_ok=True)
-    want = recorded_version()
+    want = source_version()
     deb = store / f"{PACKAGE}_{want.replace(':', '%3a')}_all.deb"
     if want and deb.exists():
         return deb
@@ -73,11 +86,12 @@ def fetch() -> Path:
     have = apt.versions(PACKAGE)
     if not have:
         raise LabError(f"Debian's mirror has no {PACKAGE} in any of {', '.join(apt.suites)}")
-    if want in have:
-        return apt.download(PACKAGE, want, store)
-    say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the mirror; "
-        f"taking {have[0]}")
-    return apt.download(PACKAGE, have[0], store)
+    if want not in have:
+        say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the "
+            f"mirror; taking {have[0]}")
+        want = have[0]
+        instead().write_text(want + "\n")
+    return apt.download(PACKAGE, want, store)
 
 
 def git(*args, cwd=None, **kw) -> str:
@@ -214,7 +228,7 @@ def prepare() -> None:
     """Source unpacked and series applied."""
     need_program("git")
     if not (tree() / ".git/lab-version").exists() or \
-            (tree() / ".git/lab-version").read_text().strip() != recorded_version():
+            (tree() / ".git/lab-version").read_text().strip() != source_version():
         unpack(fetch())
     apply_series()
 
@@ -261,7 +275,7 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
     for tool in ("gcc", "make", "flex", "bison", "bc"):
         need_program(tool)
     store = cache_dir() / "kernels"
-    key = digest(recorded_version(), patches_of(names), release, compiler(), *frags)
+    key = digest(source_version(), patches_of(names), release, compiler(), *frags)
     out = store / f"{config}-{key}"
     if out.exists() and not as_is:
         os.utime(out)

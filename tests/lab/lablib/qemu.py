@@ -250,6 +250,7 @@ class VM:
                                          pass_fds=[s.fileno() for s in qemu_ends],
                                          start_new_session=True)
         LIVE.add(self)
+        (self.dir / "pid").write_text(f"{self.proc.pid}\n")
         for s in qemu_ends:
             s.close()
         self.console = Log(self.dir / "console.log", self.connect("con"))
@@ -291,7 +292,7 @@ class VM:
             if s:
                 s.close()
         self.senders = []
-        for f in ("disk.qcow2", *(p.name for p in self.dir.glob("nvme*.raw"))):
+        for f in ("pid", "disk.qcow2", *(p.name for p in self.dir.glob("nvme*.raw"))):
             (self.dir / f).unlink(missing_ok=True)
         shutil.rmtree(self._sockdir, ignore_errors=True)
 
@@ -481,6 +482,10 @@ def net_pair():
 
 
 def prune_runs(runs: Path, keep: int = 60):
+    """The oldest logs go, but never those of a guest that still runs."""
     old = sorted((p for p in runs.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
     for p in old[:-keep]:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((p / "pid").read_text()), 0)
+            continue
         shutil.rmtree(p, ignore_errors=True)

@@ -26,6 +26,7 @@ import re
 import shlex
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 from .apt import KEYRING, Apt, mirror
@@ -56,6 +57,7 @@ SOURCES = ("kho", "daemon", "proto", "systemd", "examples", "docs", "tests", "me
 GIT = ("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT)
 IMAGE_SIZE = "2G"
 KEEP_IMAGES = 4
+IN_USE = 300        # seconds: a guest opens its image soon after it was asked for, and keeps it open
 
 
 def privileged(cmd, *, isolate=False) -> list:
@@ -524,8 +526,9 @@ def _make_image(target: Path, root: Path, programs: Path, selftests_dir, debs, t
 
 
 def _forget_old_images(folder: Path) -> None:
-    """Keep the newest few; a guest that runs on an older one keeps its open file."""
+    """Keep the newest few, and what somebody may be about to start a guest with."""
     images = sorted(folder.glob("*.ext4"), key=lambda p: p.stat().st_mtime, reverse=True)
     for old in images[KEEP_IMAGES:]:
-        say(f"removing the old image {old.name}")
-        old.unlink(missing_ok=True)
+        if time.time() - old.stat().st_mtime > IN_USE:
+            say(f"removing the old image {old.name}")
+            old.unlink(missing_ok=True)
