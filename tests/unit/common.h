@@ -52,6 +52,31 @@ static inline void raise_limits(void)
 	}
 }
 
+/* Start khod, with no fault, and see it ready. */
+static inline void must_start(struct sim *s)
+{
+	raise_limits();
+	sim_start(s, NULL, NULL);
+	cr_assert(sim_ready(s), "khod did not start:\n%s", sim_log(s));
+}
+
+/* Whatever a test did to it, khod ends well. */
+static inline void must_stop(struct sim *s)
+{
+	int status = sim_stop(s);
+
+	cr_assert(status == 0, "khod ended with status 0x%x:\n%s", status, sim_log(s));
+}
+
+/* A connection to it, or NULL if it cannot be had. */
+static inline struct kho_client *dial(struct kho *kho, struct sim *s)
+{
+	struct kho_client *c = NULL;
+
+	(void)kho_client_connect(kho, sim_socket(s), &c, NULL);
+	return c;
+}
+
 /* A memfd whose bytes follow from the seed. */
 static inline int make_memfd(size_t size, unsigned int seed)
 {

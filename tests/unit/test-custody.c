@@ -44,21 +44,10 @@ static void teardown(void)
 	kho = kho_free(kho);
 }
 
-static struct kho_client *dial(struct sim *s)
-{
-	struct kho_client *c = NULL;
-	struct kho_error *err = NULL;
-	int r = kho_client_connect(kho, sim_socket(s), &c, &err);
-
-	if (r < 0)
-		kho_error_free(err);
-	return c;
-}
-
 static int try_register(struct sim *s, const char *name, struct files *f, struct kho_error **err)
 {
 	struct kho_client_file cf[N_FILES];
-	struct kho_client *c = dial(s);
+	struct kho_client *c = dial(kho, s);
 	int r;
 
 	if (!c)
@@ -93,7 +82,7 @@ static bool claim_is(struct kho_claim *claim, struct files *f)
 static int try_claim(struct sim *s, const char *name, struct files *f, bool *got, bool *acked,
 		     struct kho_error **err)
 {
-	struct kho_client *c = dial(s);
+	struct kho_client *c = dial(kho, s);
 	struct kho_claim *claim = NULL;
 	int r;
 
@@ -125,7 +114,7 @@ static void must_claim(struct sim *s, const char *name, struct files *f)
 static int state_of(struct sim *s, const char *name)
 {
 	struct kho_workloads *w = NULL;
-	struct kho_client *c = dial(s);
+	struct kho_client *c = dial(kho, s);
 	int r, state = 0;
 
 	cr_assert(c);
@@ -136,19 +125,6 @@ static int state_of(struct sim *s, const char *name)
 	kho_workloads_free(w);
 	kho_client_free(c);
 	return state;
-}
-
-static void must_start(struct sim *s)
-{
-	sim_start(s, NULL, NULL);
-	cr_assert(sim_ready(s), "khod did not start:\n%s", sim_log(s));
-}
-
-static void must_stop(struct sim *s)
-{
-	int status = sim_stop(s);
-
-	cr_assert(status == 0, "khod ended with status 0x%x:\n%s", status, sim_log(s));
 }
 
 static void must_be_empty(struct sim *s)
@@ -172,7 +148,7 @@ static void must_rest(struct sim *s, size_t workloads)
 /* Descriptors of a khod without clients; the first client makes the event loop open its own. */
 static size_t idle_fds(struct sim *s)
 {
-	kho_client_free(dial(s));
+	kho_client_free(dial(kho, s));
 	usleep(50000);
 	return sim_khod_fds(s);
 }
@@ -251,7 +227,7 @@ Test(custody, many_kexecs_nobody_claims)
 			sim_kexec(s);
 			must_start(s);
 			must_rest(s, 2);
-			c = dial(s);
+			c = dial(kho, s);
 			cr_assert(kho_client_show(c, "vm1", &w, NULL) == 0);
 			cr_assert(kho_workloads_get(w, 0)->handovers == (uint32_t)i);
 			w = kho_workloads_free(w);
@@ -279,7 +255,7 @@ Test(custody, client_dies_before_ack)
 	files_make(&f);
 	must_start(s);
 	must_register(s, "vm1", &f);
-	c = dial(s);
+	c = dial(kho, s);
 	cr_assert(kho_client_claim(c, "vm1", NULL, 0, &claim, NULL) == 0);
 	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_CLAIMING);
 	cr_assert(try_claim(s, "vm1", &f, &got, &acked, &err) == -EBUSY);
@@ -321,7 +297,7 @@ Test(custody, refusals_name_object_and_reason)
 	free(text);
 	err = kho_error_free(err);
 
-	c = dial(s);
+	c = dial(kho, s);
 	cr_assert(pipe2(p, O_CLOEXEC) == 0);
 	cf[0] = (struct kho_client_file){ "pipe", p[0] };
 	cr_assert(kho_client_register(c, "vm3", cf, 1, NULL, 0, &err) == -EMEDIUMTYPE);
@@ -385,7 +361,7 @@ Test(custody, many_files_in_batches)
 		snprintf(names[i], sizeof(names[i]), "f%d", i);
 		cf[i] = (struct kho_client_file){ names[i], fds[i] };
 	}
-	c = dial(s);
+	c = dial(kho, s);
 	r = kho_client_register(c, "big", cf, N, NULL, 0, &err);
 	cr_assert(r == 0, "%s", kho_error_format(err, r));
 	kho_client_free(c);
@@ -393,7 +369,7 @@ Test(custody, many_files_in_batches)
 	sim_kexec(s);
 	must_start(s);
 	must_rest(s, 1);
-	c = dial(s);
+	c = dial(kho, s);
 	cr_assert(kho_client_claim(c, "big", NULL, 0, &claim, &err) == 0);
 	cr_assert(kho_claim_n_files(claim) == N);
 	for (int i = 0; i < N; i++) {
@@ -443,7 +419,7 @@ Test(custody, no_liveupdate)
 	cr_assert(try_register(s, "vm1", &f, &err) == -EOPNOTSUPP);
 	cr_assert(strstr(kho_error_message(err), "liveupdate=on"), "%s", kho_error_message(err));
 	kho_error_free(err);
-	c = dial(s);
+	c = dial(kho, s);
 	cr_assert(kho_client_status(c, &st, NULL) == 0);
 	cr_assert(!st->liveupdate && strstr(st->liveupdate_reason, "liveupdate=on"));
 	kho_status_free(st);
@@ -710,7 +686,7 @@ static void kill_in_release(const char *fault, bool *killed, bool patched)
 	files_make(&f);
 	sim_start(s, fault, NULL);
 	must_register(s, "vm1", &f);
-	c = dial(s);
+	c = dial(kho, s);
 	r = kho_client_release(c, "vm1", NULL, 0, NULL);
 	kho_client_free(c);
 	usleep(20000);
@@ -721,7 +697,7 @@ static void kill_in_release(const char *fault, bool *killed, bool patched)
 	else
 		must_rest(s, 1);
 	if (state_of(s, "vm1") != 0) {
-		c = dial(s);
+		c = dial(kho, s);
 		cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == 0);
 		kho_client_free(c);
 	}

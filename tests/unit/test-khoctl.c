@@ -10,15 +10,13 @@ static char out[65536];
 
 static void setup(void)
 {
-	raise_limits();
 	sim = sim_new(true);
-	sim_start(sim, NULL, NULL);
-	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	must_start(sim);
 }
 
 static void teardown(void)
 {
-	cr_assert(sim_stop(sim) == 0, "%s", sim_log(sim));
+	must_stop(sim);
 	sim_free(sim);
 }
 
@@ -153,8 +151,8 @@ Test(khoctl, example)
 		cr_skip_test("examples are not built");
 	must(0, "1\n", "%s %s", getenv("COUNTER"), sim_socket(sim));
 	must(0, "2\n", "%s %s", getenv("COUNTER"), sim_socket(sim));
-	cr_assert(sim_stop(sim) == 0);
+	must_stop(sim);
 	sim_kexec(sim);
-	sim_start(sim, NULL, NULL);
+	must_start(sim);
 	must(0, "3\n", "%s %s", getenv("COUNTER"), sim_socket(sim));
 }

@@ -15,19 +15,14 @@ static struct sim *sim;
 
 static void setup(void)
 {
-	raise_limits();
 	cr_assert(kho_new(&kho, NULL, NULL) == 0);
 	sim = sim_new(true);
-	sim_start(sim, NULL, NULL);
-	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	must_start(sim);
 }
 
-/* Whatever a test did to it, khod ends well. */
 static void teardown(void)
 {
-	int status = sim_stop(sim);
-
-	cr_assert(status == 0, "khod ended with 0x%x:\n%s", status, sim_log(sim));
+	must_stop(sim);
 	sim_free(sim);
 	kho_free(kho);
 }
@@ -39,18 +34,10 @@ static int dial_raw(void)
 	return kho_ops_kernel()->connect(NULL, sim_socket(sim), 20000);
 }
 
-static struct kho_client *dial(void)
-{
-	struct kho_client *c = NULL;
-
-	(void)kho_client_connect(kho, sim_socket(sim), &c, NULL);
-	return c;
-}
-
 /* The connection still works for everybody else. */
 static void must_work(void)
 {
-	struct kho_client *c = dial();
+	struct kho_client *c = dial(kho, sim);
 	struct kho_status *st = NULL;
 
 	cr_assert(c, "%s", sim_log(sim));
@@ -378,7 +365,7 @@ static int as_user(uid_t uid, int (*fn)(void))
 
 static int user_tries(void)
 {
-	struct kho_client *c = dial();
+	struct kho_client *c = dial(kho, sim);
 	struct kho_claim *claim = NULL;
 	struct kho_workloads *w = NULL;
 	struct kho_client_file cf;
@@ -402,7 +389,7 @@ static int user_tries(void)
 	kho_client_free(c);
 
 	/* Its own workloads, up to its limit. */
-	c = dial();
+	c = dial(kho, sim);
 	for (int i = 0; i < 33; i++) {
 		char name[32];
 		int r;
@@ -424,7 +411,7 @@ static int user_tries(void)
 
 static int other_user_tries(void)
 {
-	struct kho_client *c = dial();
+	struct kho_client *c = dial(kho, sim);
 	struct kho_claim *claim = NULL;
 
 	if (!c)
@@ -437,7 +424,7 @@ static int other_user_tries(void)
 
 Test(protocol, users)
 {
-	struct kho_client *c = dial();
+	struct kho_client *c = dial(kho, sim);
 	struct kho_client_file cf = { "a", make_memfd(100, 1) };
 	int r;
 
