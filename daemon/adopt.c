@@ -36,21 +36,21 @@
  * for in both places. What does get lost: an incoming session at the next kexec if khod
  * has not run at all in between, because the kernel carries outgoing sessions only.
  *
- * A workload with devices is *not* moved. Its devices do DMA under their frozen HWPTs, and
- * an incoming session cannot be finished before each of them has been bound to its context
- * and moved to an HWPT of this kernel. As long as khod leaves that to the client, the
- * session stays incoming, with everything in it, until it is claimed (workload.c).
+ * A workload with devices: its devices do DMA under frozen HWPTs of the previous kernel.
+ * Between 1 and 2 they are restored (restore.c): bound, and moved to page tables of this
+ * kernel. Each step of that is to be seen in the context itself, so that it is continued
+ * after a crash. The image that goes into transit is the one that will be preserved: it has
+ * the ids of this kernel, and its being there says that this has been done.
  *
- * What is missing, and what that means:
- *  - khod does not rebuild IOAS and HWPT and does not replace by itself: DMA of a workload
- *    that nobody claims stays under the frozen tables, with the memory under it held by
- *    the kernel, and ends at the kernel's deadline: devices that nobody retrieves are
- *    stopped (after 120 s, if the client has set no other by VFIO_DEVICE_FEATURE). A claim
- *    retrieves; if its client dies there is no deadline any more, until the next claim.
- *  - A second kexec before the claim does not carry it: the kernel stops its devices (bus
- *    mastering off) on the way down. `khoctl preflight` refuses because of it.
- *  - There is no PREPARE: a client registers when it has its devices set up, and can
- *    change no mapping from then on.
+ * If it fails, all of it is undone, and the workload is *quiesced*: an image without
+ * devices, with the reason, goes into transit (from here on: decided); devices and
+ * iommufds are closed, and the incoming session is given up instead of finished, which
+ * together stops the devices; the memfds are moved like those of any other workload. There
+ * is no third end, but for a workload whose memory cannot be retrieved either.
+ *
+ * A kexec that comes between restore and step 7 finds devices that no session has: the old
+ * kernel stops them, and the next khod, which finds the image and the memfds in transit,
+ * quiesces the workload.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -63,6 +63,8 @@
 #include "log.h"
 
 #define TRANSIT_PREFIX "transit+"
+/* Token of the image of a workload that is quiesced: goes before the other one. */
+#define TOKEN_QUIESCED (UINT64_MAX - 1)
 #define MAX_SESSIONS 8
 
 struct session {
@@ -88,6 +90,9 @@ struct group {
 	size_t n_sessions;
 	struct transit *transits;
 	size_t n_transits;
+	bool prepared;			/* its image is the one to be preserved */
+	bool quiesced;			/* its devices have been given up */
+	struct kho_error *lost;		/* why a device or an iommufd is not there */
 };
 
 static void transit_fdname(const char *workload, uint64_t token, char ret[FDSTORE_NAME_MAX])
@@ -318,9 +323,13 @@ static int rest(struct khod *k, struct group *g, struct session *committed,
 /* The image from transit or from any incoming session. -ENOENT: there is none. */
 static int find_image(struct khod *k, struct group *g, int *ret, struct kho_error **err)
 {
-	struct transit *t = transit_find(g, KHO_TOKEN_IMAGE);
+	struct transit *t = transit_find(g, TOKEN_QUIESCED);
 	int fd = -1, r;
 
+	g->quiesced = t != NULL;
+	if (!t)
+		t = transit_find(g, KHO_TOKEN_IMAGE);
+	g->prepared = t != NULL;
 	if (t) {
 		r = kho_image_read_fd(k->kho, t->fd, true, &g->w->image, err);
 	} else {
@@ -355,13 +364,65 @@ static int find_image(struct khod *k, struct group *g, int *ret, struct kho_erro
 	return 0;
 }
 
+/* One file into w->fds, see find_files(). */
+static int find_file(struct khod *k, struct group *g, struct session *target, size_t i,
+		     const struct kho_image_file *f, struct kho_error **err)
+{
+	struct workload *w = g->w;
+	struct transit *t = transit_find(g, f->token);
+	int r = -ENOENT;
+
+	if (t) {
+		r = kho_op(k->kho, fcntl, t->fd, F_DUPFD_CLOEXEC, 3);
+		if (r < 0)
+			return kho_error_new(err, r, f->name, "%s", strerror(-r));
+		w->fds[i] = r;
+		return 0;
+	}
+	khod_busy(k, f->size);
+	for (size_t j = 0; j < g->n_sessions && r == -ENOENT; j++) {
+		if (g->sessions[j].outgoing)
+			continue;
+		*err = kho_error_free(*err);
+		r = kho_luo_retrieve(k->kho, g->sessions[j].fd, f->token, err);
+	}
+	if (r >= 0) {
+		w->fds[i] = r;
+		FAULT(START_INCOMING_FILE_RETRIEVED);
+		return 0;
+	}
+	if (r == -ENOENT && target) {
+		*err = kho_error_free(*err);
+		r = kho_luo_session_has(k->kho, target->fd, f->token, err);
+		if (r > 0)
+			return 0;
+		if (r == 0)
+			r = kho_error_new(err, ENOENT, w->name, "nothing is preserved under token %" PRIu64,
+					  f->token);
+	}
+	if (r == -ENOENT && !*err)
+		kho_error_new(err, ENOENT, w->name, "no session holds it");
+	kho_error_new(err, r, f->name, "is missing");
+	if (f->kind == KHO_FILE_MEMFD)
+		return r;
+	/* Without a device the rest can go on, without memory it cannot. */
+	if (!g->lost)
+		g->lost = TAKE_PTR(*err);
+	*err = kho_error_free(*err);
+	return 0;
+}
+
 /*
  * Every file into w->fds, from transit or an incoming session; -1 where the new
- * session has it already and nothing else does.
+ * session has it already and nothing else does, or where a device is lost (g->lost).
+ *
+ * Devices first: the kernel stops one that nobody retrieves in time, and much memory takes
+ * its time.
  */
 static int find_files(struct khod *k, struct group *g, struct session *target,
 		      struct kho_error **err)
 {
+	static const enum kho_file_kind order[] = { KHO_FILE_VFIO, KHO_FILE_IOMMUFD, KHO_FILE_MEMFD };
 	struct workload *w = g->w;
 	size_t n = workload_n_files(w);
 	int r;
@@ -372,46 +433,15 @@ static int find_files(struct khod *k, struct group *g, struct session *target,
 	for (size_t i = 0; i < n; i++)
 		w->fds[i] = -1;
 
-	for (size_t i = 0; i < n; i++) {
+	for (size_t i = 0; i < ARRAY_SIZE(order) * n; i++) {
 		struct kho_image_file f = {};
-		struct transit *t;
 
-		kho_image_file(w->image, i, &f);
-		t = transit_find(g, f.token);
-		if (t) {
-			w->fds[i] = kho_op(k->kho, fcntl, t->fd, F_DUPFD_CLOEXEC, 3);
-			if (w->fds[i] < 0) {
-				r = w->fds[i];
-				w->fds[i] = -1;
-				return kho_error_new(err, r, f.name, "%s", strerror(-r));
-			}
+		kho_image_file(w->image, i % n, &f);
+		if (f.kind != order[i / n])
 			continue;
-		}
-		r = -ENOENT;
-		khod_busy(k, f.size);
-		for (size_t j = 0; j < g->n_sessions && r == -ENOENT; j++) {
-			if (g->sessions[j].outgoing)
-				continue;
-			*err = kho_error_free(*err);
-			r = kho_luo_retrieve(k->kho, g->sessions[j].fd, f.token, err);
-		}
-		if (r >= 0) {
-			w->fds[i] = r;
-			FAULT(START_INCOMING_FILE_RETRIEVED);
-			continue;
-		}
-		if (r == -ENOENT && target) {
-			*err = kho_error_free(*err);
-			r = kho_luo_session_has(k->kho, target->fd, f.token, err);
-			if (r > 0)
-				continue;
-			if (r == 0)
-				r = kho_error_new(err, ENOENT, w->name, "nothing is preserved under token %" PRIu64,
-						  f.token);
-		}
-		if (r == -ENOENT && !*err)
-			kho_error_new(err, ENOENT, w->name, "no session holds it");
-		return kho_error_new(err, r, f.name, "is missing");
+		r = find_file(k, g, target, i % n, &f, err);
+		if (r < 0)
+			return r;
 	}
 	return 0;
 }
@@ -478,39 +508,176 @@ static int new_target(struct khod *k, struct group *g, struct session **ret,
 	return 0;
 }
 
-/* Steps 1 to 8 above, from wherever they were left. */
-static int transfer(struct khod *k, struct group *g, int image_fd, struct session *target,
-		    struct kho_error **err)
+/* What is in transit and not in the image any more: closing it stops a device. */
+static int drop_given_up(struct khod *k, struct group *g, struct kho_error **err)
 {
-	struct workload *w = g->w;
-	size_t n = workload_n_files(w);
-	int r;
+	for (size_t i = 0; i < g->n_transits;) {
+		struct transit *t = &g->transits[i];
+		bool keep = t->token == KHO_TOKEN_IMAGE || t->token == TOKEN_QUIESCED;
+		int r;
 
-	r = find_files(k, g, target, err);
-	if (r < 0)
-		return r;
+		for (size_t j = 0; !keep && j < workload_n_files(g->w); j++) {
+			struct kho_image_file f = {};
 
-	if (image_fd >= 0) {
-		r = into_transit(k, g, KHO_TOKEN_IMAGE, image_fd, err);
+			kho_image_file(g->w->image, j, &f);
+			keep = f.token == t->token;
+		}
+		if (keep) {
+			i++;
+			continue;
+		}
+		r = workload_unstore(k, g->w, t->fdname, err);
+		if (r < 0)
+			return r;
+		g->transits[i] = g->transits[--g->n_transits];
+	}
+	return 0;
+}
+
+/*
+ * A session in which devices were preserved already would keep them running. The memfds are
+ * in transit, too, as long as it has no image.
+ */
+static int drop_targets(struct khod *k, struct group *g, struct kho_error **err)
+{
+	for (size_t i = 0; i < workload_n_files(g->w); i++)
+		if (g->w->fds[i] < 0)
+			return kho_error_new(err, ENOENT, g->w->name, "a memfd is in an unfinished session only");
+	for (size_t i = 0; i < g->n_sessions;) {
+		int r;
+
+		if (!g->sessions[i].outgoing) {
+			i++;
+			continue;
+		}
+		r = session_drop(k, g, &g->sessions[i], err);
 		if (r < 0)
 			return r;
 	}
+	return 0;
+}
+
+/* The devices cannot be restored, for @why: decide so, and stop them. */
+static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struct kho_error **err)
+{
+	struct workload *w = g->w;
+	size_t n = workload_n_files(w), kept = 0;
+	_cleanup_free_ char *text = kho_error_format(why, EIO);
+	_cleanup_free_ int *fds = calloc(n + 1, sizeof(int));
+	enum kho_file_kind kinds[KHO_IMAGE_FILES_MAX];
+	int fd, r;
+
+	if (!fds)
+		return kho_error_new(err, ENOMEM, w->name, "out of memory");
 	for (size_t i = 0; i < n; i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		kinds[i] = f.kind;
+	}
+	kho_image_drop_devices(w->image);
+	kho_image_set_outcome(w->image, KHO_OUTCOME_QUIESCED, text);
+	if (!g->prepared)
+		kho_image_set_handovers(w->image, kho_image_handovers(w->image) + 1);
+	/* w->fds goes with the files of the image. */
+	memcpy(fds, w->fds, n * sizeof(int));
+	for (size_t i = 0; i < n; i++)
+		if (kinds[i] == KHO_FILE_MEMFD)
+			w->fds[kept++] = fds[i];
+
+	fd = kho_image_write_memfd(k->kho, w->image, err);
+	r = fd < 0 ? fd : into_transit(k, g, TOKEN_QUIESCED, fd, err);
+	kho_close(k->kho, fd);
+	if (r >= 0)
+		FAULT(QUIESCE_DECIDED);
+	/* Devices first; a device that is closed is bound to nothing any more. */
+	for (size_t i = 0; i < n; i++)
+		if (kinds[i] == KHO_FILE_VFIO)
+			kho_close(k->kho, fds[i]);
+	for (size_t i = 0; i < n; i++)
+		if (kinds[i] == KHO_FILE_IOMMUFD)
+			kho_close(k->kho, fds[i]);
+	if (r < 0)
+		return r;
+	g->prepared = g->quiesced = true;
+	return 0;
+}
+
+/* Restored, or quiesced. */
+static int restore(struct khod *k, struct group *g, struct kho_error **err)
+{
+	struct workload *w = g->w;
+	struct kho_error *why = NULL;
+	size_t steps = 0;
+	int r;
+
+	if (g->lost) {
+		why = TAKE_PTR(g->lost);
+		r = -kho_error_errno(why);
+	} else {
+		r = workload_restore(k, w->image, w->fds, &steps, &why);
+	}
+	if (r >= 0 && !g->prepared) {
+		kho_image_set_outcome(w->image, KHO_OUTCOME_RESTORED, NULL);
+		log_event(LOG_INFO, MSG_RESTORED, w->name,
+			  "Workload %s is restored: its devices are under new page tables (%zu steps, %zu areas).",
+			  w->name, steps, kho_graph_n_areas(kho_image_graph(w->image)));
+	}
+	if (r < 0)
+		r = quiesce(k, g, why, err);
+	kho_error_free(why);
+	return r < 0 ? r : 0;
+}
+
+/* The image as it will be preserved; that it is in transit says that we have been here. */
+static int prepare(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int fd, r;
+
+	if (g->prepared)
+		return 0;
+	kho_image_set_handovers(g->w->image, kho_image_handovers(g->w->image) + 1);
+	fd = kho_image_write_memfd(k->kho, g->w->image, err);
+	if (fd < 0)
+		return fd;
+	r = into_transit(k, g, KHO_TOKEN_IMAGE, fd, err);
+	kho_close(k->kho, fd);
+	g->prepared = r >= 0;
+	return r;
+}
+
+/* Steps 1 to 8 above, from wherever they were left. */
+static int transfer(struct khod *k, struct group *g, struct session *target,
+		    struct kho_error **err)
+{
+	struct workload *w = g->w;
+	size_t n;
+	int r;
+
+	r = find_files(k, g, target, err);
+	if (r >= 0 && kho_image_has_devices(w->image))
+		r = restore(k, g, err);
+	if (r >= 0)
+		r = prepare(k, g, err);
+	n = workload_n_files(w);
+	for (size_t i = 0; r >= 0 && i < n; i++) {
 		struct kho_image_file f = {};
 
 		if (w->fds[i] < 0)
 			continue;
 		kho_image_file(w->image, i, &f);
 		r = into_transit(k, g, f.token, w->fds[i], err);
-		if (r < 0)
-			return r;
 	}
-
-	if (!target) {
+	if (r >= 0 && g->quiesced) {
+		r = drop_given_up(k, g, err);
+		if (r >= 0)
+			r = drop_targets(k, g, err);
+		target = NULL;
+	}
+	if (r >= 0 && !target)
 		r = new_target(k, g, &target, err);
-		if (r < 0)
-			return r;
-	}
+	if (r < 0)
+		return r;
 	w->session = target->fd;
 	snprintf(w->session_name, sizeof(w->session_name), "%s", target->name);
 
@@ -521,7 +688,8 @@ static int transfer(struct khod *k, struct group *g, int image_fd, struct sessio
 			i++;
 			continue;
 		}
-		r = kho_luo_finish(k->kho, s->fd, err);
+		/* With devices that were given up it is not finished: its last close stops them. */
+		r = g->quiesced ? 0 : kho_luo_finish(k->kho, s->fd, err);
 		if (r < 0)
 			return kho_error_new(err, r, s->name, "the incoming session");
 		FAULT(START_INCOMING_FINISHED);
@@ -530,32 +698,21 @@ static int transfer(struct khod *k, struct group *g, int image_fd, struct sessio
 			return r;
 		FAULT(START_INCOMING_OLD_REMOVED);
 	}
-
-	for (size_t i = 0; i < n; i++) {
-		struct kho_image_file f = {};
-
-		kho_image_file(w->image, i, &f);
-		r = kho_luo_session_has(k->kho, w->session, f.token, err);
-		if (r < 0)
-			return r;
-		if (r > 0)
-			continue;
-		khod_busy(k, f.size);
-		r = kho_luo_preserve(k->kho, w->session, w->fds[i], f.token, err);
-		if (r < 0)
-			return kho_error_new(err, r, f.name, "cannot be preserved again");
-		FAULT(START_INCOMING_FILE_PRESERVED);
+	if (g->quiesced) {
+		FAULT(QUIESCE_STOPPED);
+		log_event(LOG_ERR, MSG_QUIESCED, w->name,
+			  "The devices of workload %s have been stopped: %s.", w->name,
+			  kho_image_reason(w->image));
 	}
-	kho_image_set_handovers(w->image, kho_image_handovers(w->image) + 1);
+
+	r = workload_preserve(k, w, w->fds, true, err);
+	if (r < 0)
+		return r;
 	r = image_commit(k, w->image, w->session, err);
 	if (r < 0)
 		return r;
 	FAULT(START_INCOMING_IMAGE_PRESERVED);
-
-	r = transits_drop(k, g, err);
-	if (r < 0)
-		return r;
-	return 0;
+	return transits_drop(k, g, err);
 }
 
 /* Where the kernel gives files back there is no need to keep them; elsewhere there is. */
@@ -607,26 +764,6 @@ static int discard(struct khod *k, struct group *g, struct kho_error **err)
 	return 0;
 }
 
-/* With devices: it stays where it is, until its client has it under control. */
-static int leave_incoming(struct khod *k, struct group *g, struct kho_error **err)
-{
-	struct workload *w = g->w;
-
-	/* Only registered ones get here, so one session has all of it. */
-	if (g->n_sessions != 1 || g->sessions[0].outgoing || g->n_transits > 0)
-		return kho_error_new(err, EBUSY, w->name,
-				     "there is more than the one session that a workload with devices has");
-	w->session = g->sessions[0].fd;
-	snprintf(w->session_name, sizeof(w->session_name), "%s", g->sessions[0].name);
-	w->incoming = true;
-	w->state = WORKLOAD_INCOMING;
-	log_event(LOG_INFO, MSG_CARRIED, w->name,
-		  "Workload %s was carried into this kernel (handover %" PRIu32 ") with its devices: %zu files, %" PRIu64 " bytes, waiting for its client in session %s.",
-		  w->name, workload_handovers(w), workload_n_files(w), workload_bytes(w),
-		  w->session_name);
-	return 0;
-}
-
 /* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
 static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 {
@@ -670,12 +807,8 @@ static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 	}
 	if (r < 0)
 		return r;
-	if (kho_image_has_devices(g->w->image)) {
-		kho_close(k->kho, image_fd);
-		return leave_incoming(k, g, err);
-	}
-	r = transfer(k, g, image_fd, target, err);
 	kho_close(k->kho, image_fd);
+	r = transfer(k, g, target, err);
 	if (r < 0)
 		return r;
 	settle_fds(k, g->w);
@@ -733,6 +866,7 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 				  name);
 		}
 		free(g->transits);
+		kho_error_free(g->lost);
 		free(g);
 		khod_idle(k);
 	}

@@ -19,6 +19,8 @@
 	  "session in the fd store")                                                               \
 	X(REGISTER_FILE_PRESERVED, "register-file-preserved", "register",                          \
 	  "one file preserved (N-th pass: N-th file)")                                             \
+	X(REGISTER_GRAPH_READ, "register-graph-read", "register-devices",                          \
+	  "contexts preserved and read")                                                           \
 	X(REGISTER_IMAGE_PRESERVED, "register-image-preserved", "register",                        \
 	  "image preserved: the workload is committed")                                            \
 	X(REGISTER_ANSWERED, "register-answered", "register", "client answered")                   \
@@ -34,6 +36,15 @@
 	  "image retrieved")                                                                       \
 	X(START_INCOMING_FILE_RETRIEVED, "start-incoming-file-retrieved", "start-incoming",        \
 	  "one file retrieved")                                                                    \
+	X(RESTORE_BOUND, "restore-bound", "restore", "a device bound")                             \
+	X(RESTORE_IOAS, "restore-ioas", "restore", "an IOAS allocated")                            \
+	X(RESTORE_MAPPED, "restore-mapped", "restore", "an area mapped")                           \
+	X(RESTORE_HWPT, "restore-hwpt", "restore", "an HWPT allocated")                            \
+	X(RESTORE_REPLACED, "restore-replaced", "restore", "a device under its new page table")    \
+	X(RESTORE_DESTROYED, "restore-destroyed", "restore", "a frozen HWPT destroyed")            \
+	X(QUIESCE_DECIDED, "quiesce-decided", "quiesce",                                           \
+	  "restore failed and undone; the image without devices is in the fd store")               \
+	X(QUIESCE_STOPPED, "quiesce-stopped", "quiesce", "devices closed and so stopped")          \
 	X(START_INCOMING_TRANSIT_STORED, "start-incoming-transit-stored", "start-incoming",        \
 	  "image or one file itself in the fd store")                                              \
 	X(START_INCOMING_SESSION_CREATED, "start-incoming-session-created", "start-incoming",      \

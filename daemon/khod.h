@@ -26,9 +26,8 @@
 
 enum workload_state {
 	WORKLOAD_HELD,		/* committed in an outgoing session */
-	WORKLOAD_CLAIMING,	/* descriptors sent; not acknowledged, or not finished yet */
+	WORKLOAD_CLAIMING,	/* descriptors sent, not acknowledged yet */
 	WORKLOAD_UNREADABLE,	/* held, but image and files come back only after a kexec */
-	WORKLOAD_INCOMING,	/* with devices, in the session of the previous kernel */
 	WORKLOAD_FAILED,	/* see reason */
 };
 
@@ -43,10 +42,8 @@ struct stored {
  * @next: list
  * @name: its name
  * @session_name: of its session, "" if it failed without one
- * @session: its session, owned; -1 if none. Outgoing, but incoming in WORKLOAD_INCOMING
- *	and while such a one is claimed
+ * @session: its session, outgoing, owned; -1 if none
  * @state: where it stands
- * @incoming: its session is one of the previous kernel, in whatever state it is
  * @reason: for a failed one: why; for others NULL
  * @image: what is known; NULL if it cannot be read
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
@@ -59,7 +56,6 @@ struct workload {
 	char session_name[KHO_LUO_NAME_MAX];
 	int session;
 	enum workload_state state;
-	bool incoming;
 	char *reason;
 	struct kho_image *image;
 	int *fds;
@@ -131,18 +127,6 @@ bool workload_visible(const struct workload *w, const struct identity *who);
  */
 int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho_error **err);
 
-/** workload_handovers() - kernels it was carried into, this one included */
-uint32_t workload_handovers(const struct workload *w);
-
-/**
- * workload_finish() - is a claimed workload with devices under its client's control?
- *
- * The kernel decides: it finishes an incoming session only when each device is bound,
- * and attached to something else than its frozen HWPT. May be asked at any time.
- * Return: 0: custody has ended and @w is freed; -EBUSY: not yet; -errno.
- */
-int workload_finish(struct khod *k, struct workload *w, struct kho_error **err);
-
 enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED };
 /**
  * workload_end() - custody ends: out of the fd store, unpreserved, forgotten
@@ -151,6 +135,38 @@ enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED };
  */
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 		 struct kho_error **err);
+
+/**
+ * workload_preserve() - all of its files into its session, memory before what maps it
+ * @fds: one per file, borrowed
+ * @again: after a kexec: some may be in it already, and the image has its graph
+ *
+ * Without @again the graph is read on the way, as soon as it cannot change any more.
+ * Return: 0, -errno.
+ */
+int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
+		      struct kho_error **err);
+
+/* restore.c */
+/**
+ * graph_read() - what the workload's iommufds hold, from the kernel into its image
+ * @fds: one per file of the image, borrowed
+ *
+ * Return: 0, -EOPNOTSUPP (something cannot be carried over, or is not in the workload), -errno.
+ */
+int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct kho_error **err);
+/**
+ * workload_restore() - move the devices of a workload under page tables of this kernel
+ * @image: with the graph of the previous kernel, or already of this one; gets the ids of this
+ *	one on success
+ * @fds: one per file of the image, retrieved, borrowed
+ * @steps: receives how many were missing
+ *
+ * Goes on where an earlier khod was cut off. Return: 0, or -errno: then the devices are on
+ * their frozen page tables, as far as they could be moved back.
+ */
+int workload_restore(struct khod *k, struct kho_image *image, const int *fds, size_t *steps,
+		     struct kho_error **err);
 
 /* adopt.c */
 /**

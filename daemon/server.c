@@ -27,7 +27,6 @@
 #define SO_PEERPIDFD 77
 #endif
 
-#define FINISH_USEC 500000	/* between two questions whether a claim can be finished */
 #define QUEUE_MAX 64		/* packets waiting for a client that does not read */
 #define REPLY_SOFT_MAX 32768	/* bytes in one packet of a list */
 
@@ -58,8 +57,6 @@ struct connection {
 	bool closing;		/* when the queue is empty */
 	struct workload *claiming;
 	enum workload_state claiming_from;
-	bool acked;		/* an incoming one: waiting for the kernel to let it finish */
-	sd_event_source *finish_timer;
 	struct pending *pending;
 	struct packet *queue, **queue_tail;
 	unsigned int n_queue;
@@ -89,53 +86,14 @@ static void packet_free(struct khod *k, struct packet *p)
 	free(p);
 }
 
-/* An acknowledged claim of an incoming workload: does the kernel let it go now? */
-static void claim_finish(struct connection *c)
-{
-	struct kho_error *err = NULL;
-	struct workload *w = c->claiming;
-	char name[KHO_NAME_MAX + 1];
-	int r;
-
-	if (!w || !c->acked)
-		return;
-	strcpy(name, w->name);
-	r = workload_finish(c->k, w, &err);
-	if (r >= 0) {
-		c->claiming = NULL;
-		c->acked = false;
-		sd_event_source_disable_unref(c->finish_timer);
-		c->finish_timer = NULL;
-	} else if (r != -EBUSY) {
-		_cleanup_free_ char *text = kho_error_format(err, r);
-
-		log_limited(name, "Workload %s cannot be finished: %s.", name, text ? text : strerror(-r));
-	}
-	kho_error_free(err);
-}
-
-static int on_finish_timer(sd_event_source *s, uint64_t usec, void *userdata)
-{
-	struct connection *c = userdata;
-
-	claim_finish(c);
-	if (c->finish_timer) {
-		(void)sd_event_source_set_time_relative(s, FINISH_USEC);
-		(void)sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
-	}
-	return 0;
-}
-
 /* The claim did not end: the workload is what it was before. */
 static void claim_abandon(struct connection *c)
 {
-	claim_finish(c);
 	if (!c->claiming)
 		return;
 	log_event(LOG_NOTICE, NULL, c->claiming->name,
-		  "The client that claimed %s has gone %s; it stays in custody.",
-		  c->claiming->name,
-		  c->acked ? "before it had control of all devices" : "without acknowledging");
+		  "The client that claimed %s has gone without acknowledging; it stays in custody.",
+		  c->claiming->name);
 	c->claiming->state = c->claiming_from;
 	c->claiming = NULL;
 }
@@ -160,7 +118,6 @@ static void connection_free(struct connection *c)
 	}
 	sd_event_source_disable_unref(c->io);
 	sd_event_source_disable_unref(c->timer);
-	sd_event_source_disable_unref(c->finish_timer);
 	kho_close(k->kho, c->fd);
 	free(c);
 }
@@ -168,7 +125,6 @@ static void connection_free(struct connection *c)
 static void deadline(struct connection *c)
 {
 	unsigned int sec = !c->hello	? DEADLINE_HELLO :
-			   c->acked	? DEADLINE_IDLE :
 			   c->claiming	? DEADLINE_ACK :
 			   c->pending	? DEADLINE_REGISTER :
 					  DEADLINE_IDLE;
@@ -381,11 +337,6 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 	if (q->more)
 		return 0;
 
-	/* Claimed from a khod that died meanwhile? Then it may be in good hands by now. */
-	w = workload_find(c->k, p->name);
-	if (w && w->state == WORKLOAD_INCOMING)
-		(void)workload_finish(c->k, w, NULL);
-	w = NULL;
 	r = workload_register(c->k, p->name, &c->who, p->secret, p->secret_size, p->names, p->fds,
 			      p->n, &w, &err);
 	if (r < 0) {
@@ -432,13 +383,62 @@ static struct workload *find_authorised(struct connection *c, uint64_t serial, c
 	return w;
 }
 
+static void add_id(Kho__Control__IdMap *m, Kho__Control__ObjectKind kind, uint64_t token,
+		   uint32_t old_id, uint32_t id)
+{
+	kho__control__id_map__init(m);
+	m->kind = kind;
+	m->token = token;
+	m->old_id = old_id;
+	m->id = id;
+}
+
+/* What the client's ids have become. *@ret: an array, freed with both pointers. */
+static int id_map(const struct kho_graph *g, Kho__Control__IdMap **ret,
+		  Kho__Control__IdMap ***retp, size_t *n)
+{
+	size_t k = 0, max = 1;
+	Kho__Control__IdMap *m, **mp;
+
+	for (size_t i = 0; g && i < g->n_contexts; i++)
+		max += g->contexts[i].n_ioas + g->contexts[i].n_hwpts + g->contexts[i].n_devices;
+	m = calloc(max, sizeof(*m));
+	mp = calloc(max, sizeof(*mp));
+	if (!m || !mp) {
+		free(m);
+		free(mp);
+		return -ENOMEM;
+	}
+	for (size_t i = 0; g && i < g->n_contexts; i++) {
+		const struct kho_context *c = &g->contexts[i];
+
+		for (size_t j = 0; j < c->n_ioas; j++)
+			add_id(&m[k++], KHO__CONTROL__OBJECT_KIND__OBJECT_IOAS, c->token,
+			       c->ioas[j].client_id, c->ioas[j].id);
+		for (size_t j = 0; j < c->n_hwpts; j++)
+			add_id(&m[k++], KHO__CONTROL__OBJECT_KIND__OBJECT_HWPT, c->token,
+			       c->hwpts[j].client_id, c->hwpts[j].id);
+		for (size_t j = 0; j < c->n_devices; j++)
+			add_id(&m[k++], KHO__CONTROL__OBJECT_KIND__OBJECT_DEVICE, c->token,
+			       c->devices[j].client_id, c->devices[j].id);
+	}
+	for (size_t i = 0; i < k; i++)
+		mp[i] = &m[i];
+	*ret = m;
+	*retp = mp;
+	*n = k;
+	return 0;
+}
+
 static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__Claim *q)
 {
 	_cleanup_free_ int *fds = NULL;
+	_cleanup_free_ Kho__Control__IdMap *ids = NULL;
+	_cleanup_free_ Kho__Control__IdMap **idp = NULL;
 	struct khod *k = c->k;
 	struct kho_error *err = NULL;
 	struct workload *w;
-	size_t n, done = 0;
+	size_t n, done = 0, n_ids = 0;
 	int r;
 
 	if (c->claiming)
@@ -448,7 +448,7 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 		return r;
 	n = workload_n_files(w);
 	fds = malloc((n + 1) * sizeof(int));
-	if (!fds)
+	if (!fds || (w->image && id_map(kho_image_graph(w->image), &ids, &idp, &n_ids) < 0))
 		return reply_error(c, serial, ENOMEM, w->name, "khod is out of memory", false);
 	r = workload_open_files(k, w, fds, &err);
 	if (r < 0)
@@ -479,7 +479,14 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 		body.files = infop;
 		body.n_files = now;
 		body.more = done + now < n;
-		body.handovers = workload_handovers(w);
+		body.handovers = kho_image_handovers(w->image);
+		/* The last packet has them, and room for as many as a graph may have objects. */
+		if (!body.more) {
+			body.outcome = (Kho__Control__Outcome)kho_image_outcome(w->image);
+			body.reason = (char *)kho_image_reason(w->image);
+			body.ids = idp;
+			body.n_ids = n_ids;
+		}
 		a.body_case = KHO__CONTROL__REPLY__BODY_CLAIM;
 		a.claim = &body;
 		r = reply(c, serial, &a, fds + done, now);
@@ -513,20 +520,7 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 
 	if (!w || strcmp(w->name, q->name) != 0)
 		return garbage(c, serial, EPROTO, "CLAIM_ACK without its CLAIM");
-	if (c->acked)
-		return garbage(c, serial, EPROTO, "CLAIM_ACK twice");
 	strcpy(name, w->name);
-	if (w->incoming) {
-		r = sd_event_add_time_relative(c->k->event, &c->finish_timer, CLOCK_MONOTONIC,
-					       FINISH_USEC, 0, on_finish_timer, c);
-		if (r < 0)
-			return reply_error(c, serial, -r, name, "khod is out of memory", true);
-		c->acked = true;
-		claim_finish(c);
-		r = reply_done(c, serial);
-		FAULT(CLAIM_ANSWERED);
-		return r;
-	}
 	c->claiming = NULL;
 	w->state = c->claiming_from;
 	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
@@ -569,8 +563,6 @@ static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_CLAIMING;
 	case WORKLOAD_UNREADABLE:
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_UNREADABLE;
-	case WORKLOAD_INCOMING:
-		return KHO__CONTROL__WORKLOAD_STATE__STATE_INCOMING;
 	case WORKLOAD_FAILED:
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_FAILED;
 	}
@@ -584,20 +576,24 @@ static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
 	info->state = state_to_wire(w->state);
 	info->session = w->session_name;
 	info->reason = (char *)workload_reason(w);
+	info->outcome = KHO__CONTROL__OUTCOME__OUTCOME_NONE;
 	info->owner_uid = UINT32_MAX;
 	if (w->image) {
 		info->owner_uid = kho_image_uid(w->image);
 		info->unit = (char *)kho_image_unit(w->image);
-		info->handovers = workload_handovers(w);
+		info->handovers = kho_image_handovers(w->image);
 		info->registered_realtime_usec = kho_image_registered_usec(w->image);
 		info->secret = kho_image_has_secret(w->image);
+		info->outcome = (Kho__Control__Outcome)kho_image_outcome(w->image);
+		info->outcome_reason = (char *)kho_image_reason(w->image);
 	}
 	info->count = workload_n_files(w);
 	info->bytes = workload_bytes(w);
 }
 
+/* @fd: goes with it, owned; -1: none. */
 static int send_list(struct connection *c, uint64_t serial, Kho__Control__WorkloadInfo **infos,
-		     size_t n, bool more)
+		     size_t n, bool more, int fd)
 {
 	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
 	Kho__Control__ListReply l = KHO__CONTROL__LIST_REPLY__INIT;
@@ -607,7 +603,7 @@ static int send_list(struct connection *c, uint64_t serial, Kho__Control__Worklo
 	l.more = more;
 	a.body_case = KHO__CONTROL__REPLY__BODY_LIST;
 	a.list = &l;
-	return reply(c, serial, &a, NULL, 0);
+	return reply(c, serial, &a, &fd, fd >= 0 ? 1 : 0);
 }
 
 static int on_list(struct connection *c, uint64_t serial)
@@ -628,13 +624,13 @@ static int on_list(struct connection *c, uint64_t serial)
 		n++;
 		bytes += size;
 		if (n == BATCH || bytes > REPLY_SOFT_MAX) {
-			r = send_list(c, serial, infop, n, true);
+			r = send_list(c, serial, infop, n, true, -1);
 			if (r < 0)
 				return r;
 			n = bytes = 0;
 		}
 	}
-	return send_list(c, serial, infop, n, false);
+	return send_list(c, serial, infop, n, false, -1);
 }
 
 static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Show *q)
@@ -644,7 +640,7 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	Kho__Control__WorkloadInfo info, *infop = &info;
 	struct workload *w;
 	size_t n;
-	int r;
+	int fd, r;
 
 	w = find_authorised(c, serial, "show", q->name, (ProtobufCBinaryData){}, &r);
 	if (!w)
@@ -668,7 +664,8 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	}
 	info.files = filep;
 	info.n_files = n;
-	return send_list(c, serial, &infop, 1, false);
+	fd = w->image ? kho_image_write_public(c->k->kho, w->image, NULL) : -1;
+	return send_list(c, serial, &infop, 1, false, fd);
 }
 
 static int on_status(struct connection *c, uint64_t serial)
@@ -712,8 +709,6 @@ static int dispatch(struct connection *c, const Kho__Control__Request *q, int *f
 		return garbage(c, serial, EPROTO, "descriptors with a message that takes none");
 	if (c->pending && q->body_case != KHO__CONTROL__REQUEST__BODY_REGISTRATION)
 		return garbage(c, serial, EPROTO, "another message in the middle of a REGISTER");
-
-	claim_finish(c);
 
 	switch (q->body_case) {
 	case KHO__CONTROL__REQUEST__BODY_HELLO:
@@ -809,7 +804,6 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 {
 	struct connection *c = userdata;
 	const char *what = !c->hello	? "HELLO" :
-			   c->acked	? "a request" :
 			   c->claiming	? "CLAIM_ACK" :
 			   c->pending	? "the rest of REGISTER" :
 					  "a request";

@@ -13,20 +13,14 @@
  *
  * Devices: a workload may also hold iommufds and VFIO devices. They are preserved after
  * the memfds, contexts before devices, as the kernel looks for what a mapping or a device
- * depends on among what the session has already. What a descriptor is, khod finds out for
- * itself; what the kernel refuses is passed on by name, with the reason it gives. After a
- * kexec such a workload is *incoming* until it is claimed, see adopt.c.
+ * depends on among what the session has already. A preserved context does not change any
+ * more: then what is in it is read from the kernel, for the image (restore.c). What a
+ * descriptor is, khod finds out for itself; what the kernel refuses is passed on by name,
+ * with the reason it gives. After a kexec adopt.c restores such a workload.
  *
  * Claim: send descriptors, wait for the acknowledgement, take the session out of the
  * store, close it. Until the acknowledgement nothing has changed; after the session
  * is out of the store its last descriptor is khod's, so dying closes it too.
- *
- * Claim of an incoming workload: the acknowledgement is not the end. The devices run on
- * their frozen HWPTs until the client has bound them and replaced these, which only the
- * kernel knows for sure: it refuses FINISH before. So khod keeps the session, asks for
- * FINISH after the acknowledgement, every half second, whenever the client says something
- * or goes away, and lets go when that succeeds. A client that dies before has changed
- * nothing: the kernel's files are in the session, and the workload is incoming again.
  */
 #include <fcntl.h>
 #include <inttypes.h>
@@ -99,14 +93,6 @@ void workload_free(struct khod *k, struct workload *w)
 size_t workload_n_files(const struct workload *w)
 {
 	return w->image ? kho_image_n_files(w->image) : 0;
-}
-
-uint32_t workload_handovers(const struct workload *w)
-{
-	uint32_t n = w->image ? kho_image_handovers(w->image) : 0;
-
-	/* The image of an incoming one is still that of the previous kernel. */
-	return w->image && w->incoming ? n + 1 : n;
 }
 
 uint64_t workload_bytes(const struct workload *w)
@@ -397,29 +383,56 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 	}
 }
 
-/* What others depend on goes first: memfds, contexts, devices. */
-static int preserve_all(struct khod *k, struct workload *w, const int *fds, size_t n,
-			struct kho_error **err)
+static int preserve_one(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
+			bool again, struct kho_error **err)
 {
-	static const enum kho_file_kind order[] = { KHO_FILE_MEMFD, KHO_FILE_IOMMUFD, KHO_FILE_VFIO };
 	int r;
 
-	for (size_t i = 0; i < ARRAY_SIZE(order) * n; i++) {
-		struct kho_image_file f = {};
-
-		kho_image_file(w->image, i % n, &f);
-		if (f.kind != order[i / n])
-			continue;
-		khod_busy(k, f.size);
-		r = kho_luo_preserve(k->kho, w->session, fds[i % n], f.token, err);
-		if (r < 0) {
-			if (f.kind == KHO_FILE_IOMMUFD)
-				(void)kho_iommufd_obstacle(k->kho, fds[i % n], err);
-			/* To a client ENOENT means that there is no such workload. */
-			return kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f.name,
-					     "cannot be preserved");
-		}
+	if (again) {
+		r = kho_luo_session_has(k->kho, w->session, f->token, err);
+		if (r != 0)
+			return r;
+	}
+	khod_busy(k, f->size);
+	r = kho_luo_preserve(k->kho, w->session, fd, f->token, err);
+	if (r < 0) {
+		if (f->kind == KHO_FILE_IOMMUFD)
+			(void)kho_iommufd_obstacle(k->kho, fd, err);
+		/* To a client ENOENT means that there is no such workload. */
+		return kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f->name,
+				     "cannot be preserved%s", again ? " again" : "");
+	}
+	if (again)
+		FAULT(START_INCOMING_FILE_PRESERVED);
+	else
 		FAULT(REGISTER_FILE_PRESERVED);
+	return 0;
+}
+
+int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
+		      struct kho_error **err)
+{
+	static const enum kho_file_kind order[] = { KHO_FILE_MEMFD, KHO_FILE_IOMMUFD, KHO_FILE_VFIO };
+	size_t n = workload_n_files(w);
+	int r;
+
+	for (size_t o = 0; o < ARRAY_SIZE(order); o++) {
+		if (order[o] == KHO_FILE_VFIO && !again && kho_image_has_devices(w->image)) {
+			r = graph_read(k, w->image, fds, err);
+			if (r < 0)
+				return r;
+			FAULT(REGISTER_GRAPH_READ);
+		}
+		for (size_t i = 0; i < n; i++) {
+			struct kho_image_file f = {};
+
+			kho_image_file(w->image, i, &f);
+			if (f.kind != order[o])
+				continue;
+			r = preserve_one(k, w, &f, fds[i], again, err);
+			if (r < 0)
+				return r;
+		}
 	}
 	return 0;
 }
@@ -451,8 +464,11 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 	r = quota_check(k, who->uid, n, err);
 	if (r < 0)
 		return r;
-	/* In the next kernel every file is in the store for a moment, and the image. */
-	if (k->fdstore.used + 1 + n + 2 > k->fdstore.max)
+	/*
+	 * In the next kernel every file is in the store for a moment, both sessions, the image,
+	 * and the one without devices, should these have to be given up.
+	 */
+	if (k->fdstore.used + n + 4 > k->fdstore.max)
 		return kho_error_new(err, ENOSPC, name,
 				     "systemd's fd store has no room for it (%u of %u places taken): raise FileDescriptorStoreMax= of khod.service",
 				     k->fdstore.used, k->fdstore.max);
@@ -486,7 +502,7 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 	stored = true;
 	FAULT(REGISTER_SESSION_STORED);
 
-	r = preserve_all(k, w, fds, n, err);
+	r = workload_preserve(k, w, fds, false, err);
 	if (r < 0)
 		goto fail;
 
@@ -580,19 +596,6 @@ int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho
 		fds[i] = r;
 	}
 	return 0;
-}
-
-int workload_finish(struct khod *k, struct workload *w, struct kho_error **err)
-{
-	int r;
-
-	if (!w->incoming || w->session < 0)
-		return kho_error_new(err, EINVAL, w->name, "is not incoming");
-	r = kho_luo_finish(k->kho, w->session, err);
-	if (r < 0)
-		return r;
-	w->incoming = false;
-	return workload_end(k, w, CUSTODY_CLAIMED, err);
 }
 
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,

@@ -241,7 +241,13 @@ int kho_client_register(struct kho_client *client, const char *name,
 
 struct claim_file {
 	char *name;
+	uint64_t token;
 	int fd;
+};
+
+struct claim_id {
+	uint64_t token;
+	uint32_t old_id, id;
 };
 
 struct kho_claim {
@@ -250,6 +256,10 @@ struct kho_claim {
 	uint32_t handovers;
 	struct claim_file *files;
 	size_t n_files;
+	enum kho_outcome outcome;
+	char *reason;
+	struct claim_id *ids;
+	size_t n_ids;
 };
 
 struct kho_claim *kho_claim_free(struct kho_claim *claim)
@@ -260,6 +270,8 @@ struct kho_claim *kho_claim_free(struct kho_claim *claim)
 			free(claim->files[i].name);
 		}
 		free(claim->files);
+		free(claim->ids);
+		free(claim->reason);
 		free(claim->name);
 		free(claim);
 	}
@@ -296,6 +308,43 @@ int kho_claim_take_fd(struct kho_claim *claim, size_t index)
 	return index < claim->n_files ? TAKE_FD(claim->files[index].fd) : -1;
 }
 
+enum kho_outcome kho_claim_outcome(const struct kho_claim *claim)
+{
+	return claim->outcome;
+}
+
+const char *kho_claim_reason(const struct kho_claim *claim)
+{
+	return claim->reason ? claim->reason : "";
+}
+
+uint32_t kho_claim_id(const struct kho_claim *claim, const char *name, uint32_t id)
+{
+	for (size_t i = 0; i < claim->n_files; i++) {
+		if (strcmp(claim->files[i].name, name) != 0)
+			continue;
+		for (size_t k = 0; k < claim->n_ids; k++)
+			if (claim->ids[k].token == claim->files[i].token && claim->ids[k].old_id == id)
+				return claim->ids[k].id;
+	}
+	return 0;
+}
+
+/* What the last packet says of the whole. */
+static int claim_end(struct kho_claim *claim, const Kho__Control__ClaimReply *a,
+		     struct kho_error **err)
+{
+	claim->outcome = (enum kho_outcome)a->outcome;
+	claim->reason = strdup(a->reason);
+	claim->ids = calloc(a->n_ids + 1, sizeof(*claim->ids));
+	if (!claim->reason || !claim->ids)
+		return kho_error_new(err, ENOMEM, claim->name, "out of memory");
+	for (size_t i = 0; i < a->n_ids; i++)
+		claim->ids[i] = (struct claim_id){ a->ids[i]->token, a->ids[i]->old_id, a->ids[i]->id };
+	claim->n_ids = a->n_ids;
+	return 0;
+}
+
 /* Takes ownership of @fds, also on error. */
 static int claim_add(struct kho_claim *claim, const Kho__Control__ClaimReply *a, int *fds,
 		     size_t n_fds, struct kho_error **err)
@@ -316,6 +365,7 @@ static int claim_add(struct kho_claim *claim, const Kho__Control__ClaimReply *a,
 	claim->files = files;
 	for (size_t i = 0; i < n_fds; i++) {
 		files[claim->n_files].name = strdup(a->files[i]->name);
+		files[claim->n_files].token = a->files[i]->token;
 		files[claim->n_files].fd = fds[i];
 		claim->n_files++;
 		if (!files[claim->n_files - 1].name) {
@@ -364,6 +414,8 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
 		more = a->claim->more;
 		claim->handovers = a->claim->handovers;
 		r = claim_add(claim, a->claim, fds, n_fds, err);
+		if (r >= 0 && !more)
+			r = claim_end(claim, a->claim, err);
 		if (r < 0) {
 			/* The rest of the answer would be taken for the next one. */
 			hang_up(client);
@@ -423,8 +475,6 @@ const char *kho_workload_state_name(enum kho_workload_state state)
 		return "unreadable";
 	case KHO_WORKLOAD_FAILED:
 		return "failed";
-	case KHO_WORKLOAD_INCOMING:
-		return "incoming";
 	}
 	return "unknown";
 }
@@ -497,6 +547,8 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 			.unit = info->unit,
 			.session = info->session,
 			.reason = info->reason,
+			.outcome = (enum kho_outcome)info->outcome,
+			.outcome_reason = info->outcome_reason,
 			.state = (enum kho_workload_state)info->state,
 			.uid = info->owner_uid,
 			.handovers = info->handovers,
@@ -517,8 +569,21 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 	return 0;
 }
 
+/* What came beside the answer to Show. Takes ownership of @fds. */
+static int show_image(struct kho_client *c, int *fds, size_t n_fds, struct kho_image **image,
+		      struct kho_error **err)
+{
+	int r = 0;
+
+	if (n_fds == 1 && image)
+		r = kho_image_read_fd(c->kho, fds[0], true, image, err);
+	close_fds(c->kho, fds, n_fds);
+	return r;
+}
+
 static int list_common(struct kho_client *c, Kho__Control__Request *q,
-		       struct kho_workloads **ret, struct kho_error **err)
+		       struct kho_workloads **ret, struct kho_image **image,
+		       struct kho_error **err)
 {
 	_cleanup_(workloads_freep) struct kho_workloads *w = NULL;
 	bool more = true;
@@ -534,11 +599,16 @@ static int list_common(struct kho_client *c, Kho__Control__Request *q,
 	while (more) {
 		_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 
-		r = recv_reply(c, KHO__CONTROL__REPLY__BODY_LIST, &a, NULL, NULL, err);
+		int fds[KHO_WIRE_FDS_MAX];
+		size_t n_fds = 0;
+
+		r = recv_reply(c, KHO__CONTROL__REPLY__BODY_LIST, &a, fds, &n_fds, err);
 		if (r < 0)
 			return r;
 		more = a->list->more;
-		r = workloads_add(w, &a, err);
+		r = show_image(c, fds, n_fds, image, err);
+		if (r >= 0)
+			r = workloads_add(w, &a, err);
 		if (r < 0) {
 			hang_up(c);
 			return r;
@@ -556,11 +626,11 @@ int kho_client_list(struct kho_client *client, struct kho_workloads **ret,
 
 	q.body_case = KHO__CONTROL__REQUEST__BODY_LIST;
 	q.list = &body;
-	return list_common(client, &q, ret, err);
+	return list_common(client, &q, ret, NULL, err);
 }
 
 int kho_client_show(struct kho_client *client, const char *name, struct kho_workloads **ret,
-		    struct kho_error **err)
+		    struct kho_image **image, struct kho_error **err)
 {
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__Show body = KHO__CONTROL__SHOW__INIT;
@@ -568,7 +638,9 @@ int kho_client_show(struct kho_client *client, const char *name, struct kho_work
 	body.name = (char *)name;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_SHOW;
 	q.show = &body;
-	return list_common(client, &q, ret, err);
+	if (image)
+		*image = NULL;
+	return list_common(client, &q, ret, image, err);
 }
 
 struct status {

@@ -810,6 +810,16 @@ int kho_image_write_memfd(struct kho *kho, const struct kho_image *image,
 	return fd;
 }
 
+int kho_image_write_public(struct kho *kho, const struct kho_image *image,
+			   struct kho_error **err)
+{
+	struct kho_image copy = *image;
+
+	/* What it points to stays the image's. */
+	copy.has_secret = false;
+	return kho_image_write_memfd(kho, &copy, err);
+}
+
 int kho_image_read_fd(struct kho *kho, int fd, bool require_seals, struct kho_image **ret,
 		      struct kho_error **err)
 {

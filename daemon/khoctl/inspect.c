@@ -37,6 +37,9 @@ static void print_json(const struct kho_image *image)
 		json_close(&j, '}');
 	}
 	json_close(&j, ']');
+	json_string(&j, "outcome", outcome_name(kho_image_outcome(image)));
+	json_string(&j, "outcome_reason", kho_image_reason(image));
+	json_graph(&j, image);
 	json_close(&j, '}');
 	json_close(&j, '}');
 }
@@ -55,14 +58,20 @@ static void print_text(const struct kho_image *image)
 	       kho_image_has_secret(image) ? ", or the claim secret" : "");
 	printf("  registered  %s\n", human_time(kho_image_registered_usec(image), buf));
 	printf("  handovers   %" PRIu32 "\n", kho_image_handovers(image));
+	if (kho_image_outcome(image) != KHO_OUTCOME_NONE)
+		printf("  devices     %s by the last handover%s%s\n",
+		       outcome_name(kho_image_outcome(image)), kho_image_reason(image)[0] ? ": " : "",
+		       kho_image_reason(image));
 	for (size_t i = 0; i < kho_image_n_files(image); i++) {
 		struct kho_image_file f = {};
 
 		kho_image_file(image, i, &f);
 		printf("  %s %s  %s, %s, token %" PRIu64 ", seals 0x%" PRIx32 "\n",
-		       i + 1 == kho_image_n_files(image) ? "`--" : "|--", f.name,
+		       i + 1 == kho_image_n_files(image) && !kho_image_graph(image) ? "`--" : "|--",
+		       f.name,
 		       kho_file_kind_name(f.kind), human_size(f.size, buf), f.token, f.seals);
 	}
+	print_graph(image);
 }
 
 static int run(struct khoctl *ctl, int argc, char **argv)

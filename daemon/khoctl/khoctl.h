@@ -73,6 +73,13 @@ void json_string(struct json *j, const char *key, const char *value);
 void json_u64(struct json *j, const char *key, uint64_t value);
 void json_bool(struct json *j, const char *key, bool value);
 
+/** print_graph() - what is in the workload's iommufds, as a tree; nothing if there is nothing */
+void print_graph(const struct kho_image *image);
+/** json_graph() - the same as "contexts" */
+void json_graph(struct json *j, const struct kho_image *image);
+/** outcome_name() - "restored" etc. */
+const char *outcome_name(enum kho_outcome outcome);
+
 /** human_size() - "64 MiB"; buf of 32 bytes */
 const char *human_size(uint64_t bytes, char *buf);
 /** human_time() - CLOCK_REALTIME in local time, "-" for 0; buf of 64 bytes */

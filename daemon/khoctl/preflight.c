@@ -196,10 +196,6 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 		item(p, w->name, false, false,
 		     "a client is claiming it just now: what it acknowledges is not carried over");
 		return;
-	case KHO_WORKLOAD_INCOMING:
-		item(p, w->name, false, true,
-		     "its devices came with the last kexec and were not claimed yet; another kexec would stop them");
-		return;
 	case KHO_WORKLOAD_FAILED:
 		break;
 	}

@@ -3,7 +3,7 @@
 
 #include "khoctl.h"
 
-static void print_json(const struct kho_workload *w)
+static void print_json(const struct kho_workload *w, const struct kho_image *image)
 {
 	struct json j = { .f = stdout };
 
@@ -19,6 +19,8 @@ static void print_json(const struct kho_workload *w)
 	json_u64(&j, "registered_usec", w->registered_usec);
 	json_bool(&j, "claim_secret", w->secret);
 	json_string(&j, "reason", w->reason);
+	json_string(&j, "outcome", outcome_name(w->outcome));
+	json_string(&j, "outcome_reason", w->outcome_reason);
 	json_open(&j, "files", '[');
 	for (size_t i = 0; w->files && i < w->n_files; i++) {
 		json_open(&j, NULL, '{');
@@ -29,16 +31,21 @@ static void print_json(const struct kho_workload *w)
 		json_close(&j, '}');
 	}
 	json_close(&j, ']');
+	if (image)
+		json_graph(&j, image);
 	json_close(&j, '}');
 }
 
-static void print_text(const struct kho_workload *w)
+static void print_text(const struct kho_workload *w, const struct kho_image *image)
 {
 	char size[32], when[64];
 
 	printf("%s (%s)\n", w->name, kho_workload_state_name(w->state));
 	if (w->reason[0])
 		printf("  reason      %s\n", w->reason);
+	if (w->outcome != KHO_OUTCOME_NONE)
+		printf("  devices     %s by the last handover%s%s\n", outcome_name(w->outcome),
+		       w->outcome_reason[0] ? ": " : "", w->outcome_reason);
 	if (w->uid != UINT32_MAX)
 		printf("  owner       uid %" PRIu32 "%s%s%s\n", w->uid, w->unit[0] ? ", " : "",
 		       w->unit, w->secret ? ", or the claim secret" : "");
@@ -47,8 +54,11 @@ static void print_text(const struct kho_workload *w)
 	printf("  session     %s\n", w->session[0] ? w->session : "-");
 	for (size_t i = 0; w->files && i < w->n_files; i++)
 		printf("  %s %s  %s, %s, token %" PRIu64 "\n",
-		       i + 1 == w->n_files ? "`--" : "|--", w->files[i].name, w->files[i].kind,
+		       i + 1 == w->n_files && !(image && kho_image_graph(image)) ? "`--" : "|--",
+		       w->files[i].name, w->files[i].kind,
 		       human_size(w->files[i].size, size), w->files[i].token);
+	if (image)
+		print_graph(image);
 }
 
 static int run(struct khoctl *ctl, int argc, char **argv)
@@ -56,6 +66,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	struct kho_workloads *workloads = NULL;
 	struct kho_client *client = NULL;
 	struct kho_error *err = NULL;
+	struct kho_image *image = NULL;
 	const struct kho_workload *w;
 	bool json = false;
 	int r;
@@ -66,15 +77,16 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;
-	r = kho_client_show(client, argv[optind], &workloads, &err);
+	r = kho_client_show(client, argv[optind], &workloads, &image, &err);
 	kho_client_free(client);
 	if (r < 0)
 		return khoctl_fail(r, err);
 	w = kho_workloads_get(workloads, 0);
 	if (w && json)
-		print_json(w);
+		print_json(w, image);
 	else if (w)
-		print_text(w);
+		print_text(w, image);
+	kho_image_free(image);
 	kho_workloads_free(workloads);
 	return EXIT_SUCCESS;
 }
@@ -82,6 +94,6 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 const struct verb verb_show = {
 	.name = "show",
 	.args = "NAME [--json]",
-	.summary = "Show one workload and its files",
+	.summary = "Show one workload, its files and what is in its iommufds",
 	.run = run,
 };

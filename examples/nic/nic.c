@@ -10,11 +10,12 @@
  * into the ring, and the next instance of this program takes the ring up where it was.
  *
  * Start:	claim the workload from khod;
- *  nothing	memfd, context, IOAS, device, ring: all new;
- *  claimed	acknowledge, bind the device, map the same memfd at the same IOVAs in a new
- *		IOAS, let it replace what the device is attached to (the kernel compares each
- *		translation), go on with the ring;
- *		then register, for the next kexec or crash of this program.
+ *  nothing	memfd, context, IOAS, HWPT, device, ring: all new;
+ *  restored	khod has the device under page tables of this kernel already: look up what the
+ *		IOAS is called now, and go on with the ring;
+ *  quiesced	khod could not, and has stopped the device: the memfd is what is left, so go on
+ *		counting in it with a new ring;
+ *		acknowledge; then register, for the next kexec or crash of this program.
  * --alone: without khod, to see what gets lost then.
  * SIGTERM:	write the counts, exit. The device goes on: khod has it.
  *
@@ -52,7 +53,7 @@
 #define N_PAGES (STATE_OFF / PAGE)
 #define IOVA UINT64_C(0x100000000)
 
-#define STATE_MAGIC UINT64_C(0x3163696e646f686b)
+#define STATE_MAGIC UINT64_C(0x3263696e646f686b)
 #define REGION_BAR0 0
 #define REGION_CONFIG 7
 
@@ -71,6 +72,7 @@ struct state {
 	uint64_t in_ring;	/* packets found in the ring by the last start */
 	uint32_t next;		/* the descriptor to look at next */
 	uint32_t tail;		/* what RDT was set to */
+	uint32_t ioas;		/* its id when this was registered last */
 	uint64_t pa[N_PAGES];	/* what the device was told */
 };
 _Static_assert(sizeof(struct state) <= MEM_SIZE - STATE_OFF, "the state fits");
@@ -154,43 +156,23 @@ static void map_bar(struct nic *n)
 		die("BAR 0", -errno, NULL);
 }
 
-/* The memfd, at the one IOVA, in a new IOAS, under the device: attached or replaced. */
-static void new_ioas(struct nic *n, bool replace)
+/* The memfd, at the one IOVA, in a new IOAS, with a page table of its own for the device. */
+static void new_ioas(struct nic *n, uint32_t dev_id)
 {
-	struct kho_error *err = NULL, *why = NULL;
-	uint32_t pt;
+	struct kho_error *err = NULL;
+	uint32_t hwpt;
 	int r;
 
 	r = kho_iommufd_ioas_alloc(n->kho, n->iommufd, &n->ioas, &err);
 	if (r >= 0)
 		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, MEM_SIZE, IOVA,
 					 KHO_AREA_READABLE | KHO_AREA_WRITEABLE, &err);
-	pt = n->ioas;
 	if (r >= 0)
-		r = kho_vfio_attach(n->kho, n->dev, &pt, replace, &err);
-	if (r < 0) {
-		if (replace && kho_iommufd_obstacle(n->kho, n->iommufd, &why) > 0)
-			fprintf(stderr, "nic: %s\n", kho_error_message(why));
-		die("mappings", r, err);
-	}
-}
-
-/* What the device was attached to before is of no more use. */
-static void destroy_old(struct nic *n)
-{
-	struct kho_context c = {};
-	struct kho_error *err = NULL;
-	int r = kho_snapshot(n->kho, n->iommufd, &n->memfd, 1, &c, &err);
-
-	for (size_t i = 0; r >= 0 && i < c.n_hwpts; i++)
-		if (c.hwpts[i].frozen)
-			r = kho_iommufd_destroy(n->kho, n->iommufd, c.hwpts[i].id, &err);
-	for (size_t i = 0; r >= 0 && i < c.n_ioas; i++)
-		if (c.ioas[i].id != n->ioas)
-			r = kho_iommufd_destroy(n->kho, n->iommufd, c.ioas[i].id, &err);
+		r = kho_iommufd_hwpt_alloc(n->kho, n->iommufd, dev_id, n->ioas, 0, &hwpt, &err);
+	if (r >= 0)
+		r = kho_vfio_attach(n->kho, n->dev, &hwpt, false, &err);
 	if (r < 0)
-		die("old mappings", r, err);
-	kho_context_clear(&c);
+		die("mappings", r, err);
 }
 
 static uint64_t physical(struct nic *n, uint64_t page)
@@ -319,49 +301,52 @@ static int take(struct kho_claim *claim, const char *name)
 	die(name, -ENOENT, NULL);
 }
 
-/* Take up the device where it is. It receives packets while this runs. */
-static void resume(struct nic *n, struct kho_claim *claim)
+static void take_memory(struct nic *n, struct kho_claim *claim)
 {
-	struct kho_error *err = NULL;
-	uint32_t id;
-	int r;
-
 	n->memfd = take(claim, "memory");
-	n->iommufd = take(claim, "iommufd");
-	n->dev = take(claim, "device");
-	n->handovers = kho_claim_handovers(claim);
-	/* khod keeps the session until the device is in our hands. */
-	r = kho_client_claim_ack(n->client, claim, &err);
-	if (r < 0)
-		die("acknowledge", r, err);
-	kho_claim_free(claim);
-
 	map_memory(n);
 	if (n->state->magic != STATE_MAGIC)
 		die("the claimed memory is not this program's", -EINVAL, NULL);
-	n->state->in_ring = receive(n);
+	n->handovers = kho_claim_handovers(claim);
+}
 
-	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &id, &err);
-	if (r == -EINVAL)
-		err = kho_error_free(err);	/* an earlier instance has bound it in this kernel */
-	else if (r < 0)
-		die("device", r, err);
-	new_ioas(n, true);
+static void acknowledge(struct nic *n, struct kho_claim *claim)
+{
+	struct kho_error *err = NULL;
+	int r = kho_client_claim_ack(n->client, claim, &err);
+
+	if (r < 0)
+		die("acknowledge", r, err);
+	kho_claim_free(claim);
+}
+
+/* Take up the device where it is. It receives packets while this runs. */
+static void resume(struct nic *n, struct kho_claim *claim)
+{
+	take_memory(n, claim);
+	n->iommufd = take(claim, "iommufd");
+	n->dev = take(claim, "device");
+	n->state->in_ring = receive(n);
+	n->ioas = kho_claim_id(claim, "iommufd", n->state->ioas);
+	if (!n->ioas)
+		die("the IOAS is not there any more", -ENOENT, NULL);
 	for (uint64_t i = 0; i < N_PAGES; i++)
 		if (physical(n, i) != n->state->pa[i])
 			die("a page under the device has moved", -EFAULT, NULL);
-	destroy_old(n);
+	/* Until here nothing has changed, and the next one could claim it. */
+	acknowledge(n, claim);
+	n->state->ioas = n->ioas;
 	map_bar(n);
 	reg_write(n, E1000E_RDT, n->state->tail);
 }
 
+/* The memory is there; the rest is new. */
 static void start(struct nic *n, const char *device)
 {
 	struct kho_error *err = NULL;
 	uint32_t id;
 	int r;
 
-	new_memory(n);
 	n->iommufd = kho_iommufd_open(n->kho, &err);
 	if (n->iommufd < 0)
 		die("iommufd", n->iommufd, err);
@@ -371,7 +356,9 @@ static void start(struct nic *n, const char *device)
 	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &id, &err);
 	if (r < 0)
 		die("device", r, err);
-	new_ioas(n, false);
+	new_ioas(n, id);
+	n->state->ioas = n->ioas;
+	n->state->next = 0;
 	map_bar(n);
 	start_device(n);
 }
@@ -445,10 +432,18 @@ int main(int argc, char **argv)
 			die("khod", r, err);
 		r = kho_client_claim(n.client, n.workload, NULL, 0, &claim, &err);
 	}
-	if (r == 0) {
+	if (r == 0 && kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED) {
+		fprintf(stderr, "nic: the device was stopped by the handover: %s\n",
+			kho_claim_reason(claim));
+		take_memory(&n, claim);
+		n.state->in_ring = receive(&n);
+		acknowledge(&n, claim);
+		start(&n, device);
+	} else if (r == 0) {
 		resume(&n, claim);
 	} else if (r == -ENOENT) {
 		err = kho_error_free(err);
+		new_memory(&n);
 		start(&n, device);
 	} else {
 		die("claim", r, err);

@@ -65,7 +65,7 @@ struct simdev {
 	struct dev dev[MAX_DEV];
 	int kept_ctx[MAX_CTX];	/* kexec: the new index of an old context + 1 */
 	bool kept_dev[MAX_DEV];
-	bool refuse;
+	char refuse[32];
 	char violation[200];
 };
 
@@ -526,7 +526,7 @@ static int ctx_ioctl(struct simdev *d, struct ctx *c, struct sim_packet *p, int 
 		return list_areas(c, p, fd);
 	case IOMMU_LIVEUPDATE_STATUS:
 		((struct iommu_liveupdate_status *)p->arg)->out_reason =
-			d->refuse ? IOMMU_LIVEUPDATE_NOT_EQUAL : IOMMU_LIVEUPDATE_OK;
+			d->refuse[0] ? IOMMU_LIVEUPDATE_NOT_EQUAL : IOMMU_LIVEUPDATE_OK;
 		return 0;
 	}
 	return -ENOTTY;
@@ -552,6 +552,11 @@ static int dev_bind(struct simdev *d, struct dev *v, struct vfio_device_bind_iom
 	v->frozen = 0;
 	a->out_devid = v->id;
 	return 0;
+}
+
+static bool refused(const struct simdev *d, const struct dev *v)
+{
+	return strcmp(d->refuse, "*") == 0 || strcmp(d->refuse, v->name) == 0;
 }
 
 static int dev_attach(struct simdev *d, struct dev *v, struct vfio_device_attach_iommufd_pt *a)
@@ -588,7 +593,7 @@ static int dev_attach(struct simdev *d, struct dev *v, struct vfio_device_attach
 	frozen = old && (c->obj[old].type == IOMMU_OBJECT_HWPT_FROZEN ||
 			 c->obj[pt].type == IOMMU_OBJECT_HWPT_FROZEN);
 	if ((frozen || a->flags & VFIO_DEVICE_ATTACH_MUST_EQUAL) &&
-	    (d->refuse || !old || !table_equal(table_of(c, old), table_of(c, pt)))) {
+	    (refused(d, v) || !old || !table_equal(table_of(c, old), table_of(c, pt)))) {
 		if (made)
 			object_free(c, pt);
 		return -EBADE;
@@ -851,7 +856,7 @@ const char *simdev_attached(struct simdev *d, const char *name)
 	return d->ctx[v->ctx].obj[v->hwpt].type == IOMMU_OBJECT_HWPT_FROZEN ? "frozen" : "paging";
 }
 
-void simdev_refuse_replace(struct simdev *d, bool refuse)
+void simdev_refuse_replace(struct simdev *d, const char *name)
 {
-	d->refuse = refuse;
+	snprintf(d->refuse, sizeof(d->refuse), "%s", name);
 }

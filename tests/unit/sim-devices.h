@@ -44,7 +44,7 @@ const char *simdev_violation(struct simdev *d);
 bool simdev_running(struct simdev *d, const char *name);
 /* "frozen", "paging", "none": what it is attached to. */
 const char *simdev_attached(struct simdev *d, const char *name);
-/* From now on every replace that must be equal is refused. */
-void simdev_refuse_replace(struct simdev *d, bool refuse);
+/* From now on no replace of that device is found to be equal; "*": of any; "": of none. */
+void simdev_refuse_replace(struct simdev *d, const char *name);
 
 #endif

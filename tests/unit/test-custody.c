@@ -118,7 +118,7 @@ static int state_of(struct sim *s, const char *name)
 	int r, state = 0;
 
 	cr_assert(c);
-	r = kho_client_show(c, name, &w, NULL);
+	r = kho_client_show(c, name, &w, NULL, NULL);
 	cr_assert(r == 0 || r == -ENOENT, "show: %d\n%s", r, sim_log(s));
 	if (r == 0)
 		state = kho_workloads_get(w, 0)->state;
@@ -228,7 +228,7 @@ Test(custody, many_kexecs_nobody_claims)
 			must_start(s);
 			must_rest(s, 2);
 			c = dial(kho, s);
-			cr_assert(kho_client_show(c, "vm1", &w, NULL) == 0);
+			cr_assert(kho_client_show(c, "vm1", &w, NULL, NULL) == 0);
 			cr_assert(kho_workloads_get(w, 0)->handovers == (uint32_t)i);
 			w = kho_workloads_free(w);
 			kho_client_free(c);

@@ -376,7 +376,7 @@ static int user_tries(void)
 		return 2;
 	if (kho_client_release(c, "roots", NULL, 0, NULL) != -EPERM)
 		return 3;
-	if (kho_client_show(c, "roots", &w, NULL) != -EPERM)
+	if (kho_client_show(c, "roots", &w, NULL, NULL) != -EPERM)
 		return 4;
 	if (kho_client_list(c, &w, NULL) != 0 || kho_workloads_n(w) != 0)
 		return 5;

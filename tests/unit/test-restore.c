@@ -450,7 +450,7 @@ Test(restore, not_equal)
 
 	world_new(&w);
 	must(prepare(&w, &a, &err), err);
-	simdev_refuse_replace(sim_lock_devices(w.sim), true);
+	simdev_refuse_replace(sim_lock_devices(w.sim), "*");
 	sim_unlock_devices(w.sim);
 	for (int i = 0; r >= 0 && i < N_CTX; i++)
 		r = kho_plan_run(w.kho, a.plans[i], &a.files[i], NULL, NULL, &err);

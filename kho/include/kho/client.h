@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <kho/error.h>
+#include <kho/image.h>
 #include <kho/ops.h>
 
 #ifdef __cplusplus
@@ -104,6 +105,23 @@ struct kho_claim *kho_claim_free(struct kho_claim *claim);
 size_t kho_claim_n_files(const struct kho_claim *claim);
 /** kho_claim_handovers() - how many kernels it has been carried into */
 uint32_t kho_claim_handovers(const struct kho_claim *claim);
+/**
+ * kho_claim_outcome() - how its devices came out of the last handover
+ *
+ * With KHO_OUTCOME_QUIESCED there are only the memfds.
+ */
+enum kho_outcome kho_claim_outcome(const struct kho_claim *claim);
+/** kho_claim_reason() - why the outcome is not better, "" if there is no reason; owned by the claim */
+const char *kho_claim_reason(const struct kho_claim *claim);
+/**
+ * kho_claim_id() - what an id in an iommufd has become
+ * @claim: the claim
+ * @name: the client's name of the iommufd
+ * @id: of an IOAS, HWPT or device, when it was registered
+ *
+ * Return: its id now; 0: there is no such object.
+ */
+uint32_t kho_claim_id(const struct kho_claim *claim, const char *name, uint32_t id);
 /** kho_claim_name() - the client's name of the @index-th file, NULL if none; owned by the claim */
 const char *kho_claim_name(const struct kho_claim *claim, size_t index);
 /** kho_claim_fd() - the @index-th descriptor, still owned by the claim; -1 if none or taken */
@@ -129,7 +147,6 @@ enum kho_workload_state {
 	KHO_WORKLOAD_CLAIMING = 2,
 	KHO_WORKLOAD_UNREADABLE = 3,
 	KHO_WORKLOAD_FAILED = 4,
-	KHO_WORKLOAD_INCOMING = 5,
 };
 /** kho_workload_state_name() - "held" etc.; "unknown" for what this library does not know */
 const char *kho_workload_state_name(enum kho_workload_state state);
@@ -154,6 +171,8 @@ struct kho_workload_file {
  * @unit: systemd unit it was registered from, or ""
  * @session: name of its LUO session
  * @reason: why it is not simply held, or ""
+ * @outcome: how its devices came out of the last handover
+ * @outcome_reason: why that is not better, or ""
  * @state: where it stands
  * @uid: its owner
  * @handovers: kernels it has been carried into
@@ -168,6 +187,8 @@ struct kho_workload {
 	const char *unit;
 	const char *session;
 	const char *reason;
+	enum kho_outcome outcome;
+	const char *outcome_reason;
 	enum kho_workload_state state;
 	uint32_t uid;
 	uint32_t handovers;
@@ -189,9 +210,19 @@ const struct kho_workload *kho_workloads_get(const struct kho_workloads *workloa
 /** kho_client_list() - the caller's workloads (root: all), without their files. Return: 0 or -errno. */
 int kho_client_list(struct kho_client *client, struct kho_workloads **ret,
 		    struct kho_error **err);
-/** kho_client_show() - one workload with its files. Return: 0, -ENOENT, -EPERM or -errno. */
+/**
+ * kho_client_show() - one workload with its files
+ * @client: connection
+ * @name: name of the workload
+ * @ret: receives it, freed with kho_workloads_free()
+ * @image: receives its image without the claim secret, freed with kho_image_free(), NULL if
+ *	khod cannot read it; NULL: nobody is interested
+ * @err: error
+ *
+ * Return: 0, -ENOENT, -EPERM or -errno.
+ */
 int kho_client_show(struct kho_client *client, const char *name, struct kho_workloads **ret,
-		    struct kho_error **err);
+		    struct kho_image **image, struct kho_error **err);
 
 /**
  * struct kho_status - how khod is

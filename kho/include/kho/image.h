@@ -224,6 +224,14 @@ int kho_image_write_memfd(struct kho *kho, const struct kho_image *image,
 			  struct kho_error **err);
 
 /**
+ * kho_image_write_public() - the same, without the hash of the claim secret
+ *
+ * Return: the memfd, owned by the caller, or -errno.
+ */
+int kho_image_write_public(struct kho *kho, const struct kho_image *image,
+			   struct kho_error **err);
+
+/**
  * kho_image_read_fd() - image from a file
  * @kho: handle
  * @fd: a memfd or regular file, borrowed; its offset is neither used nor moved

@@ -1,0 +1,612 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The real khod with a workload that has devices, on the simulated machine: restored in each
+ * kernel with nobody claiming, killed at every fault point of the way, every kernel call
+ * failing once. Whatever happens, the end is one of two: restored, or quiesced with the
+ * reason; no device runs without a table, and the memory is there.
+ */
+#include "common.h"
+#include "sim-devices.h"
+
+#define N_DEV 2
+
+static const char *const dev_names[N_DEV] = { "0000:01:00.0", "0000:02:00.0" };
+
+/* What a client has, and how it knows it. */
+struct client {
+	int memfds[2], ctx, dev[N_DEV];
+	uint32_t ioas[2], hwpt, dev_id[N_DEV];
+};
+
+static struct kho *kho;
+static struct sim *sim;
+
+static void must(int r, struct kho_error *err, const char *what)
+{
+	cr_assert(r >= 0, "%s: %s\n%s", what, err ? kho_error_format(err, r) : strerror(-r),
+		  sim_log(sim));
+}
+
+static void setup(void)
+{
+	sim = sim_new(true);
+	setenv("KHO_SIM", sim_dir(sim), 1);
+	cr_assert(kho_new(&kho, sim_ops(), NULL) == 0);
+	sim_fail(0, 0);
+}
+
+static void teardown(void)
+{
+	kho = kho_free(kho);
+	sim_free(sim);
+	sim = NULL;
+}
+
+static void again(void)
+{
+	teardown();
+	setup();
+}
+
+TestSuite(devices, .init = setup, .fini = teardown, .timeout = 300);
+
+/* One IOAS with an HWPT of the client's own, one with an automatic one; two memfds. */
+static void client_new(struct client *c)
+{
+	struct kho_error *err = NULL;
+	uint32_t pt;
+
+	for (int i = 0; i < 2; i++)
+		c->memfds[i] = make_memfd(65536, 40 + i);
+	c->ctx = kho_iommufd_open(kho, &err);
+	must(c->ctx, err, "iommufd");
+	for (int i = 0; i < 2; i++) {
+		must(kho_iommufd_ioas_alloc(kho, c->ctx, &c->ioas[i], &err), err, "ioas");
+		must(kho_iommufd_map_file(kho, c->ctx, c->ioas[i], c->memfds[i], 0, 65536, 0x10000, 3,
+					  &err), err, "map");
+	}
+	must(kho_iommufd_map_file(kho, c->ctx, c->ioas[0], c->memfds[1], 4096, 8192, 0x1000, 1, &err),
+	     err, "map");
+	for (int i = 0; i < N_DEV; i++) {
+		char path[64];
+
+		snprintf(path, sizeof(path), "/dev/vfio/devices/%s", dev_names[i]);
+		c->dev[i] = kho_vfio_open(kho, path, &err);
+		must(c->dev[i], err, "open");
+		must(kho_vfio_bind(kho, c->dev[i], c->ctx, &c->dev_id[i], &err), err, "bind");
+	}
+	must(kho_iommufd_hwpt_alloc(kho, c->ctx, c->dev_id[0], c->ioas[0], 0, &c->hwpt, &err), err,
+	     "hwpt");
+	pt = c->hwpt;
+	must(kho_vfio_attach(kho, c->dev[0], &pt, false, &err), err, "attach");
+	pt = c->ioas[1];
+	must(kho_vfio_attach(kho, c->dev[1], &pt, false, &err), err, "attach");
+}
+
+static void client_exit(struct client *c)
+{
+	for (int i = 0; i < 2; i++)
+		close(c->memfds[i]);
+	close(c->ctx);
+	for (int i = 0; i < N_DEV; i++)
+		close(c->dev[i]);
+}
+
+/* As devices before memory: khod puts it into order. */
+static int try_register(struct client *c, int n_dev, int n_memfds, struct kho_error **err)
+{
+	struct kho_client_file files[] = {
+		{ "disk", c->dev[1] },	 { "nic", c->dev[0] },	  { "iommufd", c->ctx },
+		{ "ram0", c->memfds[0] }, { "ram1", c->memfds[1] },
+	};
+	struct kho_client *k = dial(kho, sim);
+	int r;
+
+	if (!k)
+		return -ECONNREFUSED;
+	r = kho_client_register(k, "vm", files + N_DEV - n_dev, 3 - N_DEV + n_dev + n_memfds, NULL, 0, err);
+	kho_client_free(k);
+	return r;
+}
+
+static void registered(void)
+{
+	struct kho_error *err = NULL;
+	struct client c;
+	int r;
+
+	client_new(&c);
+	must_start(sim);
+	r = try_register(&c, N_DEV, 2, &err);
+	must(r, err, "register");
+	client_exit(&c);
+	must_stop(sim);
+}
+
+static uint32_t handovers;
+
+/* What khod lists: state and outcome, and @handovers. 0: nothing of that name. */
+static int listed(enum kho_outcome *outcome, char *reason, size_t size)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c = dial(kho, sim);
+	int r, state = 0;
+
+	cr_assert(c, "khod does not listen\n%s", sim_log(sim));
+	r = kho_client_show(c, "vm", &w, NULL, NULL);
+	cr_assert(r == 0 || r == -ENOENT);
+	if (r == 0) {
+		state = kho_workloads_get(w, 0)->state;
+		*outcome = kho_workloads_get(w, 0)->outcome;
+		handovers = kho_workloads_get(w, 0)->handovers;
+		snprintf(reason, size, "%s", kho_workloads_get(w, 0)->outcome_reason);
+	}
+	kho_workloads_free(w);
+	kho_client_free(c);
+	return state;
+}
+
+static void devices_are(bool running, const char *where)
+{
+	struct simdev *d = sim_lock_devices(sim);
+
+	cr_assert(!simdev_violation(d), "%s\n%s", simdev_violation(d), sim_log(sim));
+	for (int i = 0; i < N_DEV; i++) {
+		cr_assert(simdev_running(d, dev_names[i]) == running, "%s %s\n%s", dev_names[i],
+			  running ? "does not run" : "still runs", sim_log(sim));
+		cr_assert(!where || strcmp(simdev_attached(d, dev_names[i]), where) == 0,
+			  "%s is attached to: %s\n%s", dev_names[i], simdev_attached(d, dev_names[i]),
+			  sim_log(sim));
+	}
+	sim_unlock_devices(sim);
+}
+
+/* At rest, in one of the two ends. Return: which. */
+static enum kho_outcome must_rest(const char *when)
+{
+	enum kho_outcome outcome = 0;
+	char reason[600];
+	int state = listed(&outcome, reason, sizeof(reason));
+
+	cr_assert(state == KHO_WORKLOAD_HELD, "%s: state %d\n%s", when, state, sim_log(sim));
+	cr_assert(sim_store_count(sim) == 1 && sim_sessions(sim, true) == 0 &&
+		  sim_sessions(sim, false) == 1, "%s: %zu in the store\n%s", when, sim_store_count(sim),
+		  sim_log(sim));
+	if (outcome == KHO_OUTCOME_QUIESCED) {
+		cr_assert(reason[0], "%s: quiesced without a reason", when);
+		devices_are(false, "none");
+	} else {
+		cr_assert(!reason[0]);
+		devices_are(true, "paging");
+	}
+	return outcome;
+}
+
+static int fd_named(struct kho_claim *claim, const char *name)
+{
+	for (size_t i = 0; i < kho_claim_n_files(claim); i++)
+		if (strcmp(kho_claim_name(claim, i), name) == 0)
+			return kho_claim_fd(claim, i);
+	return -1;
+}
+
+/* Claim: what came back must work, under the ids that the map gives. */
+static void must_claim(const struct client *known)
+{
+	struct kho_client *c = dial(kho, sim);
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+	uint32_t pt, other;
+
+	must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
+	cr_assert(check_memfd(fd_named(claim, "ram0"), 65536, 40));
+	cr_assert(check_memfd(fd_named(claim, "ram1"), 65536, 41));
+	if (kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED) {
+		cr_assert(kho_claim_n_files(claim) == 2 && kho_claim_reason(claim)[0]);
+		cr_assert(kho_claim_id(claim, "iommufd", known->ioas[0]) == 0);
+		must(kho_client_claim_ack(c, claim, &err), err, "ack");
+	} else {
+		cr_assert(kho_claim_n_files(claim) == 5);
+		cr_assert(kho_claim_id(claim, "iommufd", known->hwpt) &&
+			  kho_claim_id(claim, "iommufd", known->dev_id[1]));
+		cr_assert(kho_claim_id(claim, "iommufd", 60) == 0 && kho_claim_id(claim, "nic", 1) == 0);
+		pt = kho_claim_id(claim, "iommufd", known->ioas[0]);
+		other = kho_claim_id(claim, "iommufd", known->ioas[1]);
+		cr_assert(pt && other && pt != other);
+		/* Preserved until the acknowledgement, and the client's after it. */
+		cr_assert(kho_vfio_attach(kho, fd_named(claim, "nic"), &pt, true, NULL) == -EBUSY);
+		must(kho_client_claim_ack(c, claim, &err), err, "ack");
+		devices_are(true, "paging");	/* and the simulation has seen the last close */
+		must(kho_vfio_attach(kho, fd_named(claim, "nic"), &pt, true, &err), err, "attach");
+		cr_assert(kho_vfio_attach(kho, fd_named(claim, "nic"), &other, true, NULL) == -EBADE);
+	}
+	kho_claim_free(claim);
+	kho_client_free(c);
+	devices_are(false, "none");	/* the last close stops them */
+	cr_assert(sim_store_count(sim) == 0 && sim_sessions(sim, false) == 0);
+}
+
+/* The ids that every client gets in a new context; what registered() used. */
+static const struct client known = { .ioas = { 1, 2 }, .dev_id = { 3, 4 }, .hwpt = 5 };
+
+Test(devices, many_kexecs_nobody_claims)
+{
+	size_t fds = 0;
+
+	registered();
+	for (int i = 1; i <= 5; i++) {
+		sim_kexec(sim);
+		devices_are(true, "frozen");
+		must_start(sim);
+		cr_assert(must_rest("kexec") == KHO_OUTCOME_RESTORED);
+		cr_assert(handovers == (uint32_t)i);
+		/* Its clients and the session; nothing of the restore. */
+		usleep(50000);
+		if (!fds)
+			fds = sim_khod_fds(sim);
+		cr_assert(sim_khod_fds(sim) == fds, "%zu descriptors, then %zu", fds, sim_khod_fds(sim));
+		/* A restart in the same kernel changes nothing, and has as many. */
+		must_stop(sim);
+		must_start(sim);
+		cr_assert(must_rest("restart") == KHO_OUTCOME_RESTORED);
+		usleep(50000);
+		cr_assert(sim_khod_fds(sim) == fds, "%zu descriptors, after a restart %zu", fds,
+			  sim_khod_fds(sim));
+		if (i < 5)
+			must_stop(sim);
+	}
+	must_claim(&known);
+	must_stop(sim);
+}
+
+Test(devices, claimed_in_the_same_kernel)
+{
+	registered();
+	must_start(sim);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+Test(devices, refusals_name_what_is_missing)
+{
+	static const struct {
+		int n_dev, n_memfds;
+		const char *word;
+	} cases[] = {
+		{ 2, 1, "cannot be preserved" },
+		{ 1, 2, "is attached, and is not in the workload" },
+	};
+	struct kho_error *err = NULL;
+	struct client c;
+	char *text;
+
+	client_new(&c);
+	must_start(sim);
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		int r = try_register(&c, cases[i].n_dev, cases[i].n_memfds, &err);
+
+		cr_assert(r == -EOPNOTSUPP, "case %zu: %d", i, r);
+		text = kho_error_format(err, r);
+		cr_assert(strstr(text, cases[i].word), "case %zu: %s", i, text);
+		free(text);
+		err = kho_error_free(err);
+		cr_assert(sim_store_count(sim) == 0 && sim_sessions(sim, false) == 0);
+		devices_are(true, "paging");
+	}
+	must(try_register(&c, N_DEV, 2, &err), err, "register");
+	client_exit(&c);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+/* Every fault point of a phase, with every N at which it fires. */
+static void sweep(const char *phase, void (*one)(const char *fault, bool *killed))
+{
+	char cmd[512], line[512];
+	size_t kills = 0, points = 0;
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
+	f = popen(cmd, "r");
+	cr_assert(f);
+	while (fgets(line, sizeof(line), f)) {
+		char name[64], in[64], fault[80];
+		bool killed = true;
+
+		if (sscanf(line, "%63s %63s", name, in) != 2 || strcmp(in, phase) != 0)
+			continue;
+		points++;
+		for (int n = 1; killed; n++) {
+			cr_assert(n < 100);
+			snprintf(fault, sizeof(fault), "%s:%d", name, n);
+			killed = false;
+			one(fault, &killed);
+			again();
+			kills += killed;
+			cr_assert(killed || n > 1, "%s never fired", name);
+		}
+	}
+	cr_assert(pclose(f) == 0 && points > 0);
+	fprintf(stderr, "%s with devices: killed at %zu fault points, %zu times\n", phase, points, kills);
+}
+
+static void kill_in_register(const char *fault, bool *killed)
+{
+	struct kho_error *err = NULL;
+	enum kho_outcome outcome;
+	struct client c;
+	char reason[600];
+	int r;
+
+	client_new(&c);
+	sim_start(sim, fault, NULL);
+	r = try_register(&c, N_DEV, 2, NULL);
+	if (r < 0) {
+		*killed = sim_killed(sim_wait(sim));
+		cr_assert(*killed, "%s: %d\n%s", fault, r, sim_log(sim));
+	} else {
+		usleep(20000);
+		*killed = sim_killed(sim_stop(sim));
+	}
+	must_start(sim);
+	devices_are(true, "paging");
+	if (listed(&outcome, reason, sizeof(reason)) == 0) {
+		cr_assert(r < 0, "%s: answered, and lost", fault);
+		must(try_register(&c, N_DEV, 2, &err), err, "register again");
+	}
+	client_exit(&c);
+	must_stop(sim);
+	sim_kexec(sim);
+	must_start(sim);
+	cr_assert(must_rest(fault) == KHO_OUTCOME_RESTORED);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+Test(devices, killed_in_register)
+{
+	sweep("register", kill_in_register);
+	sweep("register-devices", kill_in_register);
+}
+
+/* @variant 0: started again; 1: killed at the same place again; 2: another kexec at once. */
+static void kill_after_kexec(const char *fault, bool *killed, bool refuse, int variant)
+{
+	enum kho_outcome want = refuse ? KHO_OUTCOME_QUIESCED : KHO_OUTCOME_RESTORED, got;
+	bool one_more = false;
+
+	registered();
+	sim_kexec(sim);
+	simdev_refuse_replace(sim_lock_devices(sim), refuse ? "*" : "");
+	sim_unlock_devices(sim);
+	sim_start(sim, fault, NULL);
+	*killed = !sim_ready(sim);
+	if (*killed)
+		cr_assert(sim_killed(sim_wait(sim)), "%s:\n%s", fault, sim_log(sim));
+	else
+		must_stop(sim);
+	if (variant == 1) {
+		sim_start(sim, fault, NULL);
+		if (!sim_ready(sim))
+			cr_assert(sim_killed(sim_wait(sim)));
+		else
+			must_stop(sim);
+	}
+	if (variant == 2 && *killed) {
+		enum kho_outcome outcome = 0;
+		char reason[600];
+		int state;
+
+		/* Not preserved again: the old kernel stops what no session has. */
+		sim_kexec(sim);
+		must_start(sim);
+		state = listed(&outcome, reason, sizeof(reason));
+		if (state != KHO_WORKLOAD_HELD) {
+			/* Before anything was in the store: the session is lost with the kernel. */
+			cr_assert(state == 0 || state == KHO_WORKLOAD_FAILED, "%s: %d", fault, state);
+			devices_are(false, "none");
+			must_stop(sim);
+			return;
+		}
+		got = must_rest(fault);
+		one_more = true;
+		(void)got;
+	} else {
+		must_start(sim);
+		got = must_rest(fault);
+		cr_assert(got == want, "%s, variant %d: outcome %d\n%s", fault, variant, got, sim_log(sim));
+		cr_assert(handovers == 1, "%s, variant %d: handover %u", fault, variant, handovers);
+	}
+	if (!one_more)
+		cr_assert(!strstr(sim_log(sim), "could not be brought into order"), "%s", sim_log(sim));
+	must_claim(&known);
+	must_stop(sim);
+}
+
+static void kill_restoring(const char *fault, bool *killed)
+{
+	for (int variant = 0; variant < 3; variant++) {
+		if (variant > 0)
+			again();
+		kill_after_kexec(fault, killed, false, variant);
+	}
+}
+
+Test(devices, killed_in_restore)
+{
+	sweep("restore", kill_restoring);
+}
+
+Test(devices, killed_in_start_incoming)
+{
+	sweep("start-incoming", kill_restoring);
+}
+
+static void kill_quiescing(const char *fault, bool *killed)
+{
+	for (int variant = 0; variant < 3; variant++) {
+		if (variant > 0)
+			again();
+		kill_after_kexec(fault, killed, true, variant);
+	}
+}
+
+Test(devices, killed_in_quiesce)
+{
+	sweep("quiesce", kill_quiescing);
+	sweep("start-incoming", kill_quiescing);
+}
+
+static void unequal(const char *refused, const char *named)
+{
+	enum kho_outcome outcome = 0;
+	char reason[600];
+
+	registered();
+	sim_kexec(sim);
+	simdev_refuse_replace(sim_lock_devices(sim), refused);
+	sim_unlock_devices(sim);
+	must_start(sim);
+	cr_assert(must_rest("refused") == KHO_OUTCOME_QUIESCED);
+	(void)listed(&outcome, reason, sizeof(reason));
+	cr_assert(strstr(reason, named) && strstr(reason, "does not translate as the frozen"), "%s",
+		  reason);
+	cr_assert(strstr(sim_log(sim), "have been stopped: "));
+	cr_assert(!strstr(sim_log(sim), "Not all of the restore"), "%s", sim_log(sim));
+	must_stop(sim);
+	/* It is remembered over further kexecs, until somebody claims it. */
+	sim_kexec(sim);
+	must_start(sim);
+	cr_assert(must_rest("once more") == KHO_OUTCOME_QUIESCED);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+/* At the first device; and at the second, when the first has moved already. */
+Test(devices, unequal_tables_are_quiesced)
+{
+	unequal("*", "pci/0000:01:00.0");
+	again();
+	unequal("0000:02:00.0", "pci/0000:02:00.0");
+}
+
+/* A second workload, with a context and a device of its own. */
+static void register_other(void)
+{
+	struct kho_error *err = NULL;
+	struct kho_client *k = dial(kho, sim);
+	uint32_t ioas, id;
+	int memfd = make_memfd(4096, 50), ctx = kho_iommufd_open(kho, NULL);
+	int dev = kho_vfio_open(kho, "/dev/vfio/devices/0000:09:00.0", NULL);
+	struct kho_client_file files[] = { { "ram", memfd }, { "iommufd", ctx }, { "nic", dev } };
+
+	must(kho_iommufd_ioas_alloc(kho, ctx, &ioas, &err), err, "ioas");
+	must(kho_iommufd_map_file(kho, ctx, ioas, memfd, 0, 4096, 0, 3, &err), err, "map");
+	must(kho_vfio_bind(kho, dev, ctx, &id, &err), err, "bind");
+	must(kho_vfio_attach(kho, dev, &ioas, false, &err), err, "attach");
+	must(kho_client_register(k, "other", files, 3, NULL, 0, &err), err, "register");
+	kho_client_free(k);
+	close(memfd);
+	close(ctx);
+	close(dev);
+}
+
+/* One workload that fails does not touch another. */
+Test(devices, two_workloads_two_ends)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c;
+	struct simdev *d;
+
+	registered();
+	must_start(sim);
+	register_other();
+	must_stop(sim);
+	sim_kexec(sim);
+	simdev_refuse_replace(sim_lock_devices(sim), "0000:09:00.0");
+	sim_unlock_devices(sim);
+	for (int i = 0; i < 2; i++) {
+		must_start(sim);
+		c = dial(kho, sim);
+		cr_assert(kho_client_show(c, "other", &w, NULL, NULL) == 0);
+		cr_assert(kho_workloads_get(w, 0)->outcome == KHO_OUTCOME_QUIESCED, "%s", sim_log(sim));
+		cr_assert(strstr(kho_workloads_get(w, 0)->outcome_reason, "0000:09:00.0"));
+		w = kho_workloads_free(w);
+		cr_assert(kho_client_show(c, "vm", &w, NULL, NULL) == 0);
+		cr_assert(kho_workloads_get(w, 0)->outcome == KHO_OUTCOME_RESTORED, "%s", sim_log(sim));
+		w = kho_workloads_free(w);
+		kho_client_free(c);
+		devices_are(true, "paging");
+		d = sim_lock_devices(sim);
+		cr_assert(!simdev_running(d, "0000:09:00.0"));
+		sim_unlock_devices(sim);
+		must_stop(sim);
+		sim_kexec(sim);
+	}
+	must_start(sim);
+	c = dial(kho, sim);
+	cr_assert(kho_client_release(c, "other", NULL, 0, NULL) == 0);
+	kho_client_free(c);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+/* The n-th kernel call after a kexec fails once. Return: is there an n-th? */
+static bool fail_start(int n, bool refuse, enum kho_outcome *end)
+{
+	enum kho_outcome outcome = 0;
+	char fail[32], reason[600];
+	bool fired;
+	int state;
+
+	registered();
+	sim_kexec(sim);
+	simdev_refuse_replace(sim_lock_devices(sim), refuse ? "0000:02:00.0" : "");
+	sim_unlock_devices(sim);
+	snprintf(fail, sizeof(fail), "%d:%d", n, n % 2 ? ENOMEM : EIO);
+	sim_start(sim, NULL, fail);
+	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	fired = strstr(sim_log(sim), "sim: call ") != NULL;
+	state = listed(&outcome, reason, sizeof(reason));
+	/* 0: its session could not even be looked at. Until they are stopped on purpose
+	 * they run, and have a table. */
+	if (state == 0 || (state == KHO_WORKLOAD_FAILED && outcome != KHO_OUTCOME_QUIESCED))
+		devices_are(true, NULL);
+	must_stop(sim);
+	must_start(sim);
+	*end = must_rest(fail);
+	cr_assert(handovers == 1);
+	must_claim(&known);
+	must_stop(sim);
+	again();
+	return fired;
+}
+
+/* One of the two ends, at the latest after a restart. */
+Test(devices, fail_nth_start)
+{
+	int fired = 0, quiesced = 0;
+	enum kho_outcome end;
+
+	while (fail_start(fired + 1, false, &end)) {
+		fired++;
+		quiesced += end == KHO_OUTCOME_QUIESCED;
+	}
+	fprintf(stderr, "start with devices: %d calls failed one by one, %d quiesced\n", fired, quiesced);
+	cr_assert(end == KHO_OUTCOME_RESTORED);
+	cr_assert(fired > 50 && quiesced > 0 && quiesced < fired);
+}
+
+/* And when the restore cannot succeed, each call of the undo and of the quiesce as well. */
+Test(devices, fail_nth_quiesce)
+{
+	enum kho_outcome end;
+	int fired = 0;
+
+	while (fail_start(fired + 1, true, &end)) {
+		fired++;
+		cr_assert(end == KHO_OUTCOME_QUIESCED, "call %d: outcome %d", fired, end);
+	}
+	fprintf(stderr, "quiesce: %d calls failed one by one\n", fired);
+	cr_assert(end == KHO_OUTCOME_QUIESCED && fired > 50);
+}
