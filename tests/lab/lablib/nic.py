@@ -61,11 +61,13 @@ def wait_running(vm, timeout: float = 120) -> dict:
     return status(vm)
 
 
-def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0) -> Counts:
+def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0,
+               between=None) -> Counts:
     """Start traffic, replace the kernel by `systemctl kexec`, count.
 
     @vm is up, with lab.nic on its command line, one e1000e and EVENTS traced. With @alone
-    the driver gives nothing to khod.
+    the driver gives nothing to khod. @between is called in the new kernel, before the driver
+    has to run.
     """
     if alone:
         wait_running(vm)
@@ -78,6 +80,8 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0) 
     start = vm.mark = len(vm.console.lines)
     vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
     vm.next_boot("systemctl kexec", 240)
+    if between:
+        between()
     wait_running(vm, 180)
     if vm.console.wait(r"lab: workload runs", vm.mark, time.monotonic() + 60, vm.alive) is None:
         vm.hang("the driver did not say that it runs")
@@ -91,12 +95,15 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0) 
     return counts(vm, start, old, sent, got, t)
 
 
-def counts(vm, start, old, sent, got, t) -> Counts:
+def dma_times(vm) -> list:
+    """When packets were written into memory, by the host's monotonic clock."""
     offset = time.time() - time.monotonic()     # the trace has the wall clock
-    dma, masters = [], []
-    for when, _, length in trace.dma_writes(vm.dir / "trace.log"):
-        if length > 0:
-            dma.append(when - offset)
+    return [when - offset for when, _, length in trace.dma_writes(vm.dir / "trace.log") if length > 0]
+
+
+def counts(vm, start, old, sent, got, t) -> Counts:
+    offset = time.time() - time.monotonic()
+    dma, masters = dma_times(vm), []
     for when, dev, _, where, value in trace.config_writes(vm.dir / "trace.log"):
         if dev == DEVICE and where == 4 and not value & 4:
             masters.append(when - offset)

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Devices over `systemctl kexec`: a userspace NIC driver that never loses a packet."""
 
+import json
+import time
+
 from lablib import nic
 from lablib.check import expect, test
+from lablib.sender import Sender
+
+from .service import Khod
 
 A_AND_B = (("minimal", False, ""), ("minimal", False, "-b"))
 
@@ -43,6 +49,93 @@ def packets_land_through_systemctl_kexec(ctx):
         expect(not judge(c), "; ".join(judge(c)))
         held = vm.run("khoctl list").out
         expect("nic" in held and "held" in held, f"the driver did not register again: {held}")
+        expect(vm.journal.find("Workload nic is restored") is not None, "khod did not restore it")
+
+
+def shown(vm):
+    """What khod says of the workload."""
+    return json.loads(vm.run("khoctl show nic --json").out)
+
+
+@test()
+def packets_land_while_nobody_claims(ctx):
+    """Two kexecs, and no driver in the kernel between them: khod restores it by itself."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        vm.run("systemctl disable lab-nic; sync")
+
+        def unclaimed():
+            khod.settled()
+            w = shown(vm)
+            expect(w["state"] == "held" and w["outcome"] == "restored" and w["handovers"] == 1, w)
+            khod.only_sessions()
+            vm.kexec()
+            khod.settled()
+            w = shown(vm)
+            expect(w["outcome"] == "restored" and w["handovers"] == 2, w)
+            vm.run("systemctl start lab-nic")
+        c = nic.over_kexec(vm, ctx.kernel(), between=unclaimed)
+        figures(ctx, c)
+        expect(not judge(c), "; ".join(judge(c)))
+
+
+@test()
+def packets_land_while_khod_is_killed_at_every_point(ctx):
+    """After the kexec khod dies at each step of the restore and of the move, in turn."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        # First the one after which the device is retrieved: that ends the kernel's deadline,
+        # which all these starts together may not meet.
+        points = sorted(khod.points("restore", "start-incoming"),
+                        key=lambda p: p != "start-incoming-file-retrieved")
+        khod.arm(points, restart=False)
+        since = len(vm.journal.lines)
+
+        def killed():
+            khod.settled(20 * len(points))      # a start takes seconds on a busy host
+            kills = khod.kills(since)
+            expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
+            ctx.figure("kills", f"{len(kills)} at {len(points)} points")
+        c = nic.over_kexec(vm, ctx.kernel(), between=killed)
+        figures(ctx, c)
+        expect(not judge(c), "; ".join(judge(c)))
+        steps = [x for x in list(vm.journal.lines)[since:] if "Workload nic is restored" in x]
+        expect(len(steps) == 1, f"restored {len(steps)} times: {steps}")
+
+
+@test()
+def a_restore_that_fails_stops_the_device(ctx):
+    """khod may not pin the memory: undone, device stopped, memory and reason for the client."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        vm.run("systemctl disable lab-nic; d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
+               "printf '[Service]\nLimitMEMLOCK=1M\n' > $d/little.conf; sync")
+        sender = Sender(vm.senders[0], 500, vm.dir / "sent")
+        time.sleep(2)
+        vm.kexec()
+        khod.settled()
+        stopped = time.monotonic()
+        w = shown(vm)
+        expect(w["outcome"] == "quiesced" and "Cannot allocate memory" in w["outcome_reason"], w)
+        expect([f["name"] for f in w["files"]] == ["memory"], w)
+        khod.only_sessions()
+        time.sleep(3)
+        late = [t for t in nic.dma_times(vm) if t > stopped + 0.1]
+        expect(not late, f"{len(late)} packets were written after the device was stopped")
+        before = [t for t in nic.dma_times(vm) if t < stopped]
+        expect(before, "no DMA before either")
+        vm.run("systemctl start lab-nic")
+        got = nic.wait_running(vm)
+        time.sleep(3)
+        sender.stop()
+        now = nic.status(vm)
+        expect(now["seen"] > got["seen"], f"it does not receive: {got}, {now}")
+        expect(vm.journal.find("the device was stopped by the handover: ") is not None,
+               "the client was not told")
+        ctx.figure("packets", f"{len(before)} before, {now['seen']} seen in the end, {now['lost']} lost")
 
 
 @test(part="nic", kernels=A_AND_B)

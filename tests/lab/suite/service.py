@@ -58,10 +58,10 @@ class Khod:
         rows = self.vm.run("khoctl list").out.splitlines()
         return [r.split()[0] for r in rows[1:]]
 
-    def settled(self):
+    def settled(self, timeout=100):
         """Wait until khod runs, after all the starts at which it killed itself."""
-        self.vm.run("for i in $(seq 100); do systemctl is-active -q khod && exit 0; sleep 0.3; done; "
-                    "exit 1")
+        self.vm.run(f"for i in $(seq {timeout}); do systemctl is-active -q khod && exit 0; sleep 1; "
+                    "done; exit 1", 2 * timeout)
 
     def only_sessions(self):
         """In the fd store there are LUO sessions, one a workload, and nothing else."""
