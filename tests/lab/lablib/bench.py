@@ -7,12 +7,16 @@ service gap  a workload stopped to the same workload running again
 Baseline and measured alternate in one guest, so that both see the same machine;
 pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
+
+image        the state image of a million areas to bytes and back, beside memcpy and json-c;
+             on this host, without a guest
 """
 
+import subprocess
 import time
 
 from . import bench_memory, kernel, stats, timeline
-from .common import LabError, say
+from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
 
@@ -63,7 +67,7 @@ PAIRS = {
     "memory": ("1 GiB memfd in khod / in systemd's fd store", systemd_memory, khod_memory, GOAL),
 }
 
-FIGURES = (*PAIRS, "shapes")
+FIGURES = ("image", *PAIRS, "shapes")
 
 
 def one(vm, setup) -> timeline.Timeline:
@@ -111,6 +115,17 @@ def measure(name, limit, seconds) -> None:
         print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)))
 
 
+def image() -> None:
+    """Build tests/bench/image for release and let it print its figures."""
+    build, log = cache_dir() / "bench-build", cache_dir() / "bench-build.log"
+    log.write_bytes(b"")
+    run(["meson", "setup", "--buildtype=release", *(["--reconfigure"] if build.exists() else []),
+         build, PROJECT], log=log, what="configuring the benchmark")
+    run(["ninja", "-C", build, "tests/bench/image-bench"], log=log, what="building the benchmark")
+    print("\nthe state image", flush=True)
+    subprocess.run([build / "tests" / "bench" / "image-bench"], check=True)
+
+
 def verdict(r: stats.Ratio, goal) -> str:
     if not goal:
         return ""
@@ -132,6 +147,9 @@ def main(names, limit, minutes) -> int:
             raise LabError(f"no figure named {n}; there are {', '.join(FIGURES)}")
     print(f"at most {limit} pairs each" + (f", {minutes:g} minutes each" if minutes else ""))
     for n in names or FIGURES:
-        run = bench_memory.main if n == "shapes" else lambda *a, n=n: measure(n, *a)
-        run(limit, minutes * 60 or float("inf"))
+        if n == "image":
+            image()
+            continue
+        take = bench_memory.main if n == "shapes" else lambda *a, n=n: measure(n, *a)
+        take(limit, minutes * 60 or float("inf"))
     return 0
