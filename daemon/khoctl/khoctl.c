@@ -14,6 +14,7 @@
 static const struct verb *const verbs[] = {
 	&verb_status, &verb_list,    &verb_show,      &verb_register,
 	&verb_claim,  &verb_release, &verb_preflight, &verb_inspect,
+	&verb_kexec,
 };
 
 static void usage(FILE *f)

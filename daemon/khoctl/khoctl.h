@@ -15,8 +15,8 @@ enum {
 	EXIT_USAGE = 2,		/* wrong usage */
 	EXIT_NO_KHOD = 3,	/* khod cannot be reached */
 	EXIT_NOT_FOUND = 4,	/* no workload of that name */
-	EXIT_OBSTACLE = 5,	/* preflight found an obstacle */
-	EXIT_EXEC = 127,	/* the command of claim could not be run */
+	EXIT_OBSTACLE = 5,	/* preflight or kexec found an obstacle */
+	EXIT_EXEC = 127,	/* the command of claim, or systemctl, could not be run */
 };
 
 struct khoctl {
@@ -41,7 +41,7 @@ struct verb {
 };
 
 extern const struct verb verb_register, verb_claim, verb_release, verb_list, verb_status,
-	verb_show, verb_inspect, verb_preflight;
+	verb_show, verb_inspect, verb_preflight, verb_kexec;
 
 /** khoctl_connect() - connect to khod, or say why not. Return: 0 or an exit code. */
 int khoctl_connect(struct khoctl *ctl, struct kho_client **ret);
@@ -58,6 +58,13 @@ int khoctl_usage(const struct verb *verb, const char *why);
  */
 int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, const char *why,
 		       bool *json);
+/**
+ * khoctl_obstacles() - as preflight, but only what is in the way, to stderr
+ * @kernel: to compare with the running one; NULL: none
+ *
+ * Return: 0, EXIT_OBSTACLE.
+ */
+int khoctl_obstacles(struct khoctl *ctl, const char *kernel);
 /** khoctl_secret() - read a claim secret from a file; owned by the caller. 0 or an exit code. */
 int khoctl_secret(const char *path, void **secret, size_t *size);
 

@@ -23,6 +23,7 @@ static const char help[] =
 struct flight {
 	struct json j;
 	bool json;
+	bool quiet;	/* only what is not ok, to stderr */
 	bool obstacle;
 };
 
@@ -45,8 +46,8 @@ static void item(struct flight *p, const char *name, bool ok, bool required, con
 		json_string(&p->j, "verdict", verdict);
 		json_string(&p->j, "text", text);
 		json_close(&p->j, '}');
-	} else {
-		printf("%-9s %-14s %s\n", verdict, name, text);
+	} else if (!p->quiet || !ok) {
+		fprintf(p->quiet ? stderr : stdout, "%-9s %-14s %s\n", verdict, name, text);
 	}
 }
 
@@ -241,6 +242,17 @@ out:
 	kho_workloads_free(list);
 	kho_status_free(s);
 	kho_client_free(client);
+}
+
+int khoctl_obstacles(struct khoctl *ctl, const char *kernel)
+{
+	struct flight p = { .quiet = true };
+
+	check_kernel(&p);
+	if (kernel)
+		check_next_kernel(&p, kernel);
+	check_khod(&p, ctl);
+	return p.obstacle ? EXIT_OBSTACLE : EXIT_SUCCESS;
 }
 
 static int run(struct khoctl *ctl, int argc, char **argv)
