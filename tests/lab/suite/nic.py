@@ -59,7 +59,7 @@ def shown(vm):
 
 @test()
 def packets_land_while_nobody_claims(ctx):
-    """Two kexecs, and no driver in the kernel between them: khod restores it by itself."""
+    """Two kexecs, the second by khoctl, and no driver in between: khod restores it by itself."""
     with booted(ctx) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
@@ -70,7 +70,14 @@ def packets_land_while_nobody_claims(ctx):
             w = shown(vm)
             expect(w["state"] == "held" and w["outcome"] == "restored" and w["handovers"] == 1, w)
             khod.only_sessions()
-            vm.kexec()
+            r = vm.run("khoctl kexec --kernel /etc/hostname", check=False)
+            expect(r.status == 5 and "cannot be read as a kernel" in r.err, f"{r.status}: {r.err}")
+            expect(vm.run("cat /sys/kernel/kexec_loaded").out.strip() == "0", "loaded all the same")
+            path = vm.put_kernel(ctx.kernel())
+            vm.mark = len(vm.console.lines)
+            vm.start_command(f"khoctl kexec --kernel {path} --cmdline '{vm.cmdline()}' "
+                             "> /lab/kexec.out 2>&1")
+            vm.next_boot("khoctl kexec", 240)
             khod.settled()
             w = shown(vm)
             expect(w["outcome"] == "restored" and w["handovers"] == 2, w)
