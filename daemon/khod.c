@@ -62,6 +62,7 @@ void khod_status_line(struct khod *k)
 	else
 		sd_notifyf(0, "STATUS=Holding %u workloads, %" PRIu64 " MiB%s", n, bytes >> 20,
 			   failed ? "; some FAILED, see khoctl list" : "");
+	inhibit_update(k);
 }
 
 /* One khod at a time, whoever starts it. The lock goes with the process. */
@@ -154,7 +155,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		{ "version", no_argument, NULL, 'v' },
 		{},
 	};
-	struct khod k = { .listen_fd = -1 };
+	struct khod k = { .listen_fd = -1, .inhibit.fd = -1 };
 	struct passed *passed = NULL;
 	struct kho_error *err = NULL;
 	struct utsname uts;
@@ -263,6 +264,7 @@ out:
 	}
 	kho_error_free(err);
 	server_stop(&k);
+	inhibit_stop(&k);
 	while (k.workloads)
 		workload_free(&k, k.workloads);
 	free(passed);

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 #include <sys/types.h>
+#include <systemd/sd-bus.h>
 #include <systemd/sd-event.h>
 
 #include "fdstore.h"
@@ -71,10 +72,19 @@ struct passed {
 
 struct connection;
 
+/* The lock by which a kexec is refused, or the question for it. */
+struct inhibit {
+	int fd;			/* -1: not held */
+	sd_bus *bus;		/* while logind is asked */
+	sd_bus_slot *slot;
+	sd_event_source *timer;
+};
+
 struct khod {
 	struct kho *kho;
 	sd_event *event;
 	struct fdstore fdstore;
+	struct inhibit inhibit;
 	struct workload *workloads;
 	struct connection *connections;
 	unsigned int n_connections;
@@ -193,8 +203,13 @@ int image_commit(struct khod *k, struct kho_image *image, int session, struct kh
 /** khod_busy() - tell the watchdog that @bytes are about to be pinned or copied */
 void khod_busy(struct khod *k, uint64_t bytes);
 void khod_idle(struct khod *k);
-/** khod_status_line() - one line for systemctl status */
+/** khod_status_line() - workloads have changed: one line for systemctl status, and inhibit_update() */
 void khod_status_line(struct khod *k);
+
+/* inhibit.c */
+/** inhibit_update() - have a kexec refused if a workload has failed, and only then */
+void inhibit_update(struct khod *k);
+void inhibit_stop(struct khod *k);
 
 /* server.c */
 int server_start(struct khod *k, struct kho_error **err);

@@ -662,6 +662,9 @@ pid_t sim_start(struct sim *s, const char *fault, const char *fail)
 		snprintf(env, sizeof(env), "%u", s->fdstore_max);
 		setenv("FDSTORE", env, 1);
 		setenv("KHO_SIM", s->dir, 1);
+		/* The machine that the tests run on is not to be kept from rebooting. */
+		snprintf(env, sizeof(env), "unix:path=%s/no-bus", s->dir);
+		setenv("DBUS_SYSTEM_BUS_ADDRESS", env, 1);
 		if (fault)
 			setenv("KHOD_FAULT", fault, 1);
 		if (fail)

@@ -215,6 +215,33 @@ def a_kernel_without_live_update(ctx):
         expect("live update" in vm.run("khoctl status").out, "status says nothing of it")
 
 
+@test()
+def a_kexec_that_would_lose_a_workload_is_refused(ctx):
+    """khod cannot move what it holds: systemctl kexec fails, and no unit is stopped."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        khod.register("mem")
+        vm.run("d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
+               "printf '[Service]\nDeviceAllow=\n' > $d/blind.conf; sync")
+        vm.kexec()
+        khod.settled()
+        expect("failed" in vm.run("khoctl list").out, "khod could move it without the device")
+        vm.run("for i in $(seq 60); do systemd-inhibit --list --no-pager | grep -q khod && exit 0; "
+               "sleep 1; done; systemd-inhibit --list >&2; exit 1")
+        listed = vm.run("COLUMNS=300 systemd-inhibit --list --no-pager").out
+        expect("mem" in listed and "block" in listed, listed)
+        vm.load()
+        r = vm.run("systemctl kexec", check=False)
+        expect(r.status != 0 and re.search("inhibit", r.err, re.I), f"{r.status}: {r.err}")
+        expect(vm.run("systemctl is-active systemd-journald.service khod.service").out.split()
+               == ["active", "active"], "units were stopped")
+        vm.run("rm /etc/systemd/system/khod.service.d/blind.conf; systemctl daemon-reload; "
+               "systemctl restart khod")
+        expect(khod.held() == ["mem"] and "held" in vm.run("khoctl list").out, "not held")
+        expect("khod" not in vm.run("systemd-inhibit --list --no-pager").out, "still inhibited")
+        khod.claim("mem")
+
+
 def handovers(ctx, count):
     """The same memory through @count handovers, with nobody claiming it, under pressure."""
     with booted(ctx, pressure=True) as vm:
