@@ -22,7 +22,7 @@ MARKS = (
 )
 STOPPED = r"lab: workload stopped"
 KHOD = ("InactiveExitTimestampMonotonic", "ActiveEnterTimestampMonotonic")
-PRINTK = re.compile(r"\[ *([\d.]+)\] ")
+PRINTK = re.compile(r"\[ *(\d+\.\d+)\] ")
 
 
 @dataclass
