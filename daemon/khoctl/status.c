@@ -2,8 +2,50 @@
 
 #include "khoctl.h"
 
+/* A workload that an operator should know of. */
+static bool notable(const struct kho_workload *w)
+{
+	return w->state == KHO_WORKLOAD_FAILED || w->outcome != KHO_OUTCOME_NONE;
+}
+
+static void json_workloads(struct json *j, const struct kho_workloads *list)
+{
+	json_open(j, "notable", '[');
+	for (size_t i = 0; i < kho_workloads_n(list); i++) {
+		const struct kho_workload *w = kho_workloads_get(list, i);
+
+		if (!notable(w))
+			continue;
+		json_open(j, NULL, '{');
+		json_string(j, "name", w->name);
+		json_string(j, "state", kho_workload_state_name(w->state));
+		json_string(j, "reason", w->reason);
+		json_string(j, "outcome", outcome_name(w->outcome));
+		json_string(j, "outcome_reason", w->outcome_reason);
+		json_close(j, '}');
+	}
+	json_close(j, ']');
+}
+
+static void print_workloads(const struct kho_workloads *list)
+{
+	for (size_t i = 0; i < kho_workloads_n(list); i++) {
+		const struct kho_workload *w = kho_workloads_get(list, i);
+
+		if (!notable(w))
+			continue;
+		if (w->state == KHO_WORKLOAD_FAILED)
+			printf("  %s  FAILED: %s\n", w->name, w->reason);
+		if (w->outcome != KHO_OUTCOME_NONE)
+			printf("  %s  devices %s by the last handover%s%s\n", w->name,
+			       outcome_name(w->outcome), w->outcome_reason[0] ? ": " : "",
+			       w->outcome_reason);
+	}
+}
+
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
+	struct kho_workloads *list = NULL;
 	struct kho_client *client = NULL;
 	struct kho_status *s = NULL;
 	struct kho_error *err = NULL;
@@ -18,9 +60,13 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	if (r > 0)
 		return r;
 	r = kho_client_status(client, &s, &err);
+	if (r >= 0)
+		r = kho_client_list(client, &list, &err);
 	kho_client_free(client);
-	if (r < 0)
+	if (r < 0) {
+		kho_status_free(s);
 		return khoctl_fail(r, err);
+	}
 
 	if (json) {
 		struct json j = { .f = stdout };
@@ -40,6 +86,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		json_string(&j, "boot_id", s->boot_id);
 		json_string(&j, "kernel_release", s->kernel_release);
 		json_bool(&j, "fault_points", s->fault_points);
+		json_workloads(&j, list);
 		json_close(&j, '}');
 	} else {
 		printf("khod         %s%s\n", s->server, s->fault_points ? " (test build)" : "");
@@ -54,9 +101,11 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		else
 			puts("fd store     NONE: khod was not started by systemd, nothing can be held");
 		printf("workloads    %" PRIu32 ", %s%s\n", s->workloads, human_size(s->bytes, size),
-		       s->workloads_failed ? "; SOME FAILED, see khoctl list" : "");
+		       s->workloads_failed ? "; SOME FAILED" : "");
+		print_workloads(list);
 		printf("connections  %" PRIu32 "\n", s->connections);
 	}
+	kho_workloads_free(list);
 	kho_status_free(s);
 	return EXIT_SUCCESS;
 }

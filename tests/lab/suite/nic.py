@@ -128,6 +128,8 @@ def a_restore_that_fails_stops_the_device(ctx):
         w = shown(vm)
         expect(w["outcome"] == "quiesced" and "Cannot allocate memory" in w["outcome_reason"], w)
         expect([f["name"] for f in w["files"]] == ["memory"], w)
+        status = vm.run("khoctl status").out
+        expect("nic  devices quiesced by the last handover: " in status, status)
         khod.only_sessions()
         time.sleep(3)
         late = [t for t in nic.dma_times(vm) if t > stopped + 0.1]
