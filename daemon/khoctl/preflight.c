@@ -244,14 +244,20 @@ out:
 	kho_client_free(client);
 }
 
+static void check_all(struct flight *p, struct khoctl *ctl, const char *kernel)
+{
+	check_kernel(p);
+	check_scratch(p, kernel);
+	if (kernel)
+		check_next_kernel(p, kernel);
+	check_khod(p, ctl);
+}
+
 int khoctl_obstacles(struct khoctl *ctl, const char *kernel)
 {
 	struct flight p = { .quiet = true };
 
-	check_kernel(&p);
-	if (kernel)
-		check_next_kernel(&p, kernel);
-	check_khod(&p, ctl);
+	check_all(&p, ctl, kernel);
 	return p.obstacle ? EXIT_OBSTACLE : EXIT_SUCCESS;
 }
 
@@ -278,11 +284,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		return khoctl_usage(&verb_preflight, "preflight takes no argument");
 	if (p.json)
 		json_open(&p.j, NULL, '[');
-	check_kernel(&p);
-	check_scratch(&p, kernel);
-	if (kernel)
-		check_next_kernel(&p, kernel);
-	check_khod(&p, ctl);
+	check_all(&p, ctl, kernel);
 	if (p.json)
 		json_close(&p.j, ']');
 	return p.obstacle ? EXIT_OBSTACLE : EXIT_SUCCESS;
