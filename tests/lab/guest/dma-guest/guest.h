@@ -224,6 +224,7 @@ struct mode {
 	void (*bound)(void);
 	bool stays;	/* no kexec follows */
 	bool dies;	/* run by a child, that kills itself */
+	bool every_vector;	/* each one of an I/O queue has an interrupt pending */
 	bool reversed;	/* retrieve the device first and the memfd last */
 };
 
