@@ -18,7 +18,8 @@ def kexec_loop(ctx, count):
             vm.kexec()
             seen.add(boot_id(vm))
             expect(len(seen) == i + 1, f"kexec {i} did not give a new boot id")
-            expect(vm.console.find(r"found kexec handover data", vm.mark) is not None,
+            # Two lines say so: on a busy host the serial port loses a character now and then.
+            expect(vm.console.find(r"found kexec handover data|KHO: exec from", vm.mark) is not None,
                    f"kernel {i} says nothing of data handed over by the one before")
         end = vm.console.lines[vm.mark].when
         ctx.figure("cycle", f"{(end - start) / count:.1f} s")
