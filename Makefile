@@ -15,7 +15,7 @@ setup:
 
 # The main job, shown: a real kexec under systemd, and what came through it.
 demo: setup
-	@$(LAB) demo
+	@$(LAB) demo $(if $(MACHINE),--machine $(MACHINE))
 
 # Every test of every change: unit tests on this host, then guests.
 check: setup

@@ -45,13 +45,17 @@
 #define N_DESC 65528u		/* the most there can be: RDLEN has 20 bits */
 #define BUF_SIZE 256u
 
-/* What is where in the memfd. The ring has to be contiguous: one huge page. */
+/* What is where in the memfd. The ring has to be contiguous where there is no IOMMU: one huge page. */
 #define RING_OFF UINT64_C(0)
 #define BUF_OFF (2 * MIB)
 #define STATE_OFF (18 * MIB)
 #define MEM_SIZE (20 * MIB)
 #define N_PAGES (STATE_OFF / PAGE)
 #define IOVA UINT64_C(0x100000000)
+
+/* The first device that VFIO has, with an IOMMU or without. */
+#define VFIO "/dev/vfio/devices/vfio0"
+#define VFIO_NOIOMMU "/dev/vfio/devices/noiommu-vfio0"
 
 #define STATE_MAGIC UINT64_C(0x3263696e646f686b)
 #define REGION_BAR0 0
@@ -73,7 +77,8 @@ struct state {
 	uint32_t next;		/* the descriptor to look at next */
 	uint32_t tail;		/* what RDT was set to */
 	uint32_t ioas;		/* its id when this was registered last */
-	uint64_t pa[N_PAGES];	/* what the device was told */
+	uint32_t noiommu;	/* the device is told physical addresses, not IOVAs */
+	uint64_t at[N_PAGES];	/* where the device was told that the pages are */
 };
 _Static_assert(sizeof(struct state) <= MEM_SIZE - STATE_OFF, "the state fits");
 
@@ -175,12 +180,16 @@ static void new_ioas(struct nic *n, uint32_t dev_id)
 		die("mappings", r, err);
 }
 
-static uint64_t physical(struct nic *n, uint64_t page)
+/* Where the device finds a page of the memfd. */
+static uint64_t dma_address(struct nic *n, uint64_t page)
 {
+	uint64_t iova = IOVA + page * PAGE, pa;
 	struct kho_error *err = NULL;
-	uint64_t pa;
-	int r = kho_iommufd_noiommu_pa(n->kho, n->iommufd, n->ioas, IOVA + page * PAGE, &pa, &err);
+	int r;
 
+	if (!n->state->noiommu)
+		return iova;
+	r = kho_iommufd_noiommu_pa(n->kho, n->iommufd, n->ioas, iova, &pa, &err);
 	if (r < 0)
 		die("physical addresses", r, err);
 	return pa;
@@ -203,23 +212,23 @@ static void start_device(struct nic *n)
 		die("configuration space", -errno, NULL);
 
 	for (uint64_t i = 0; i < N_PAGES; i++)
-		n->state->pa[i] = physical(n, i);
+		n->state->at[i] = dma_address(n, i);
 	for (uint64_t i = 1; i < N_DESC * sizeof(struct e1000e_rxd) / PAGE; i++)
-		if (n->state->pa[i] != n->state->pa[i - 1] + PAGE)
+		if (n->state->at[i] != n->state->at[i - 1] + PAGE)
 			die("the ring is not contiguous in physical memory; allow huge pages in /sys/kernel/mm/transparent_hugepage/shmem_enabled",
 			    -ENOMEM, NULL);
 	for (uint32_t i = 0; i < N_DESC; i++) {
 		uint64_t at = BUF_OFF + (uint64_t)i * BUF_SIZE;
 
-		n->ring[i] = (struct e1000e_rxd){ .addr = n->state->pa[at / PAGE] + at % PAGE };
+		n->ring[i] = (struct e1000e_rxd){ .addr = n->state->at[at / PAGE] + at % PAGE };
 	}
 
 	reg_write(n, E1000E_IMC, UINT32_MAX);
 	reg_write(n, E1000E_RCTL, 0);
 	reg_write(n, E1000E_CTRL, reg_read(n, E1000E_CTRL) | E1000E_CTRL_SLU);
 	reg_write(n, E1000E_RFCTL, 0);
-	reg_write(n, E1000E_RDBAL, (uint32_t)n->state->pa[0]);
-	reg_write(n, E1000E_RDBAH, n->state->pa[0] >> 32);
+	reg_write(n, E1000E_RDBAL, (uint32_t)n->state->at[0]);
+	reg_write(n, E1000E_RDBAH, n->state->at[0] >> 32);
 	reg_write(n, E1000E_RDLEN, N_DESC * sizeof(struct e1000e_rxd));
 	reg_write(n, E1000E_RDH, 0);
 	n->state->tail = N_DESC - 1;
@@ -331,13 +340,19 @@ static void resume(struct nic *n, struct kho_claim *claim)
 	if (!n->ioas)
 		die("the IOAS is not there any more", -ENOENT, NULL);
 	for (uint64_t i = 0; i < N_PAGES; i++)
-		if (physical(n, i) != n->state->pa[i])
+		if (dma_address(n, i) != n->state->at[i])
 			die("a page under the device has moved", -EFAULT, NULL);
 	/* Until here nothing has changed, and the next one could claim it. */
 	acknowledge(n, claim);
 	n->state->ioas = n->ioas;
 	map_bar(n);
 	reg_write(n, E1000E_RDT, n->state->tail);
+}
+
+/* drivers/vfio/vfio_main.c names the nodes of devices without an IOMMU like this. */
+static bool is_noiommu(const char *device)
+{
+	return strstr(device, "/noiommu-") != NULL;
 }
 
 /* The memory is there; the rest is new. */
@@ -358,6 +373,7 @@ static void start(struct nic *n, const char *device)
 		die("device", r, err);
 	new_ioas(n, id);
 	n->state->ioas = n->ioas;
+	n->state->noiommu = is_noiommu(device);
 	n->state->next = 0;
 	map_bar(n);
 	start_device(n);
@@ -389,7 +405,7 @@ int main(int argc, char **argv)
 	};
 	struct nic n = { .workload = "nic", .status_path = "/run/nic.status", .memfd = -1,
 			 .iommufd = -1, .dev = -1 };
-	const char *device = "/dev/vfio/devices/noiommu-vfio0", *socket_path = NULL;
+	const char *device = NULL, *socket_path = NULL;
 	struct sigaction sa = { .sa_handler = on_signal };
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
@@ -418,6 +434,8 @@ int main(int argc, char **argv)
 			return 2;
 		}
 	}
+	if (!device)
+		device = access(VFIO_NOIOMMU, F_OK) == 0 ? VFIO_NOIOMMU : VFIO;
 	(void)sigaction(SIGTERM, &sa, NULL);
 	(void)sigaction(SIGINT, &sa, NULL);
 

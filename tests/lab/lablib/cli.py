@@ -85,8 +85,8 @@ def list_tests():
     return 0
 
 
-def verb_demo(_a):
-    return demo.main()
+def verb_demo(a):
+    return demo.main(a.machine)
 
 
 def verb_bench(a):
@@ -176,7 +176,9 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
     t.add_argument("--fresh", action="store_true", help="run parts again that passed on this tree")
     t.set_defaults(run=verb_check_long)
 
-    d = verbs.add_parser("demo", help="show a kexec that carries a workload's memory")
+    d = verbs.add_parser("demo", help="show a kexec under a device that goes on with DMA")
+    d.add_argument("--machine", default="vtd-scalable", choices=demo.IOMMUS,
+                   help="the IOMMU, if any (default: %(default)s)")
     d.set_defaults(run=verb_demo)
 
     b = verbs.add_parser("bench", help="figures, each with its baseline from the same run")

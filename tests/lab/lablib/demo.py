@@ -12,6 +12,7 @@ PAGE = """
   A network card, driven by a userspace program, received numbered packets while
   `systemctl kexec` replaced the kernel under it. khod held the card meanwhile.
 
+  IOMMU             {iommu}
   old kernel        {old}
   new kernel        {new}
 
@@ -36,24 +37,32 @@ PAGE = """
 """
 
 
-def page(c: nic.Counts, svg, logs) -> str:
+IOMMUS = {
+    "noiommu": "none: the card is given physical addresses",
+    "vtd-legacy": "Intel VT-d, legacy mode",
+    "vtd-scalable": "Intel VT-d, scalable mode, second-stage tables",
+    "vtd-first-stage": "Intel VT-d, scalable mode, first-stage tables",
+}
+
+
+def page(c: nic.Counts, iommu, svg, logs) -> str:
     t = c.timeline
-    return PAGE.format(c=c, old=c.old, new=c.new, rate=RATE, landed=len(c.dma),
+    return PAGE.format(c=c, iommu=iommu, old=c.old, new=c.new, rate=RATE, landed=len(c.dma),
                        before=c.dma_in((0, c.absent[0])), absent=c.dma_in(c.absent),
                        dark=c.dma_in(c.dark), after=c.dma_in((c.absent[1], float("inf"))),
                        lost=c.sent - c.seen, total=t.total, bars=timeline.bars(t),
                        blackout=t.blackout, gap=t.service_gap, svg=svg, logs=logs)
 
 
-def main() -> int:
+def main(machine: str) -> int:
     old, new = kernel.build("minimal", release="-a"), kernel.build("minimal", release="-b")
-    with VM(old, full_image(), name="demo", devices=["e1000e"], append="lab.nic",
-            trace=nic.EVENTS) as vm:
+    with VM(old, full_image(), name="demo", machine=machine, devices=["e1000e"],
+            append="lab.nic", trace=nic.EVENTS) as vm:
         vm.ready()
         c = nic.over_kexec(vm, new, rate=RATE)
         svg = PROJECT / "build-demo.svg"
         svg.write_text(timeline.svg(c.timeline, f"{c.old} to {c.new}"))
-        print(page(c, svg, vm.dir))
+        print(page(c, IOMMUS[machine], svg, vm.dir))
         if not c.sent == len(c.dma) == c.seen or c.lost or c.duplicates:
             raise LabError(f"{c.sent} packets were sent, {len(c.dma)} landed, the driver saw {c.seen}, "
                            f"{c.lost} are missing and {c.duplicates} came twice")

@@ -13,8 +13,8 @@ from .service import Khod
 A_AND_B = (("minimal", False, ""), ("minimal", False, "-b"))
 
 
-def booted(ctx, **kw):
-    return ctx.vm(memory="1G", machine="noiommu", devices=["e1000e"], append="lab.nic",
+def booted(ctx, machine="noiommu", **kw):
+    return ctx.vm(memory="1G", machine=machine, devices=["e1000e"], append="lab.nic",
                   trace=nic.EVENTS, **kw)
 
 
@@ -39,10 +39,8 @@ def figures(ctx, c):
     ctx.figure("without a driver", f"{c.dma_in(c.absent)} in {c.absent[1] - c.absent[0]:.1f} s")
 
 
-@test(kernels=A_AND_B)
-def packets_land_through_systemctl_kexec(ctx):
-    """Each packet sent is in the ring, by the driver's count and by QEMU's; none is lost."""
-    with booted(ctx) as vm:
+def through_systemctl_kexec(ctx, machine):
+    with booted(ctx, machine) as vm:
         vm.ready()
         c = nic.over_kexec(vm, ctx.kernel(release="-b"))
         figures(ctx, c)
@@ -52,15 +50,35 @@ def packets_land_through_systemctl_kexec(ctx):
         expect(vm.journal.find("Workload nic is restored") is not None, "khod did not restore it")
 
 
+@test(kernels=A_AND_B)
+def packets_land_through_systemctl_kexec(ctx):
+    """Each packet sent is in the ring, by the driver's count and by QEMU's; none is lost."""
+    through_systemctl_kexec(ctx, "noiommu")
+
+
+@test(kernels=A_AND_B)
+def packets_land_through_systemctl_kexec_second_stage(ctx):
+    """The same behind VT-d: translated all the time, and moved to new tables by khod."""
+    through_systemctl_kexec(ctx, "vtd-scalable")
+
+
+@test(part="nic", kernels=A_AND_B)
+def packets_land_through_systemctl_kexec_legacy(ctx):
+    through_systemctl_kexec(ctx, "vtd-legacy")
+
+
+@test(part="nic", kernels=A_AND_B)
+def packets_land_through_systemctl_kexec_first_stage(ctx):
+    through_systemctl_kexec(ctx, "vtd-first-stage")
+
+
 def shown(vm):
     """What khod says of the workload."""
     return json.loads(vm.run("khoctl show nic --json").out)
 
 
-@test()
-def packets_land_while_nobody_claims(ctx):
-    """Two kexecs, the second by khoctl, and no driver in between: khod restores it by itself."""
-    with booted(ctx) as vm:
+def while_nobody_claims(ctx, machine):
+    with booted(ctx, machine) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
         vm.run("systemctl disable lab-nic; sync")
@@ -85,6 +103,18 @@ def packets_land_while_nobody_claims(ctx):
         c = nic.over_kexec(vm, ctx.kernel(), between=unclaimed)
         figures(ctx, c)
         expect(not judge(c), "; ".join(judge(c)))
+
+
+@test()
+def packets_land_while_nobody_claims(ctx):
+    """Two kexecs, the second by khoctl, and no driver in between: khod restores it by itself."""
+    while_nobody_claims(ctx, "noiommu")
+
+
+@test(part="nic")
+def packets_land_while_nobody_claims_legacy(ctx):
+    """The same behind VT-d."""
+    while_nobody_claims(ctx, "vtd-legacy")
 
 
 @test()
