@@ -136,6 +136,11 @@ def the_mode_of_the_unit_is_kept(ctx):
                f"the next kernel does not say that it goes on in {mode} mode")
 
 
+@test(part="vtd")
+def the_iommu_stays_on_if_the_next_kernel_is_told_otherwise(ctx):
+    Kexec(ctx, "legacy", 1, options="dma.next=intel_iommu=off").judge(ctx, 1)
+
+
 @test()
 def dma_goes_on_after_an_abort_vtd(ctx):
     run = Run(ctx, mode="abort", machine=MODES["legacy"], trace=(FAULT,))
