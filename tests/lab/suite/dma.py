@@ -341,6 +341,12 @@ def an_unplug_while_preserved_waits_for_the_user(ctx):
 
 
 @test(part="dma")
+def a_kexec_is_refused_while_an_unplug_is_pending(ctx):
+    """It would wait for the device's user for ever, with the device frozen."""
+    quiesced(ctx, "unplugreboot", kexecs=0)
+
+
+@test(part="dma")
 def a_panic_while_frozen_ends_in_a_reset(ctx):
     """The machine starts again, and knows no session."""
     run = Run(ctx, mode="panic")
@@ -425,6 +431,11 @@ def control(ctx, **kw):
 @test()
 def control_packets_are_lost_if_only_memory_is_preserved(ctx):
     control(ctx)
+
+
+@test(part="dma")
+def control_reads_are_lost_if_only_memory_is_preserved(ctx):
+    control(ctx, device="nvme")
 
 
 @test(part="dma", kernels=(("minimal", True, ""),))
