@@ -418,11 +418,11 @@ def control(ctx, **kw):
     """Without the device preserved, DMA ends with the kernel, and the packets are lost."""
     run = Run(ctx, mode="control", **kw)
     got, (begin, end) = run.result(), run.blackouts()[0]
-    late = run.dma(begin + 0.5, end)
     if run.device in NICS:
         lost, of = len(run.sent) - got["received"], len(run.sent)
-    else:
-        lost, of = got["lost"] + got["failed"] + got["bad"], got["posted"]
+        late = run.dma(begin + 0.5, end)
+    else:   # QEMU goes on completing what it has read, with nowhere to write it
+        lost, of, late = got["lost"] + got["failed"] + got["bad"], got["posted"], 0
     expect(lost > 100, f"only {lost} of {of} were lost: the tests cannot fail")
     expect(not late, f"{late} packets landed well after the kexec began")
     ctx.figure("lost", f"{lost} of {of}")
