@@ -287,7 +287,7 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
         if not as_is:
             prepare()
         if unpatched:
-            src = unpatched_tree()
+            src = work_tree("-base")
         if as_is:
             key = digest(git("rev-parse", "HEAD"), git("diff", "HEAD"), release, *frags)
             out = store / f"{config}-as-is-{key}"
@@ -298,8 +298,9 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
     return out
 
 
-def unpatched_tree() -> Path:
-    path = tree().with_name(tree().name + "-base")
+def work_tree(suffix: str) -> Path:
+    """A work tree of its own beside the tree, named by @suffix; at `base` when it is new."""
+    path = tree().with_name(tree().name + suffix)
     if not path.exists():
         git("worktree", "prune")
         git("worktree", "add", "-q", "--detach", str(path), "base")

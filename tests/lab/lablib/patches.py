@@ -19,14 +19,6 @@ WARNING = re.compile(r"^(?:\.\./)*(?:[Ww]arning: )?([\w./-]+\.[chS]):\d+(?::\d+)
 LIVE_UPDATE = re.compile(r"^CONFIG_\w*(LIVEUPDATE)\w*=.*$", re.M)
 
 
-def work_tree():
-    path = kernel.tree().with_name(kernel.tree().name + "-each")
-    if not path.exists():
-        kernel.git("worktree", "prune")
-        kernel.git("worktree", "add", "-q", "--detach", str(path), "base")
-    return path
-
-
 def warnings_of(log) -> set:
     """File and text of each warning in a log of make; line numbers move with the patches."""
     found = (WARNING.match(x) for x in log.read_text(errors="replace").splitlines()
@@ -65,7 +57,8 @@ def walk(live_update) -> tuple:
     commits = commits_of_series()
     wrong = []
     with lock(cache_dir() / "patches.lock", "the walk over the patches"):
-        src = work_tree()
+        src = kernel.work_tree("-each")
+        base = kernel.git("rev-parse", "base^{tree}")
         known = cache_dir() / f"patches-{name}.json"
         done = json.loads(known.read_text()) if known.exists() else {}
         for commit in [kernel.git("rev-parse", "base"), *commits]:
@@ -80,8 +73,7 @@ def walk(live_update) -> tuple:
                     continue
                 known.write_text(json.dumps(done))
                 say(f"live update {name}: {title}: {len(done[key])} warnings")
-            base = done.get(kernel.git("rev-parse", "base^{tree}"), [])
-            wrong += [f"{title}: {x}" for x in done[key] if x not in base]
+            wrong += [f"{title}: {x}" for x in done[key] if x not in done.get(base, [])]
     return len(commits), wrong
 
 
