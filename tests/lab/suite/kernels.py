@@ -1,36 +1,88 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The other kernels: modular and debug come up, kexec, and stay silent."""
+"""The other kernels: modular and debug come up, hand over, and stay silent."""
 
-from lablib.check import test
+import shutil
+
+from lablib.check import expect, test
 from suite.bare import boot_id
+from suite.service import MIB, Khod
 from suite.upstream import quiet, suite
+
+MINIMAL, MODULAR, DEBUG = (("minimal", False, ""), ("modular", False, ""), ("debug", False, ""))
+SLOW = 600      # seconds for a boot of the debug kernel
+
+
+def leaks(vm):
+    """kmemleak, of two scans: what is found in the first may still be on its way."""
+    vm.run("echo scan > /sys/kernel/debug/kmemleak; sleep 6; echo scan > /sys/kernel/debug/kmemleak", 600)
+    found = vm.run("cat /sys/kernel/debug/kmemleak", 120).out
+    (vm.share / "kmemleak").write_text(found)
+    count = found.count("unreferenced object")
+    expect(not count, f"{count} leaks; see {vm.dir}/share/kmemleak: {found[:1500]}")
 
 
 def kexec_between(ctx, first, second, **kw):
     with ctx.vm(kernel=ctx.kernel(first), init="bare", memory="2G", **kw) as vm:
-        vm.ready(400)
-        boot_id(vm)
-        vm.kexec(ctx.kernel(second), timeout=400)
-        quiet(vm)
-        vm.kexec(ctx.kernel(first), timeout=400)
+        vm.ready(SLOW)
+        seen = {boot_id(vm)}
+        for kernel in (second, first):
+            vm.kexec(ctx.kernel(kernel), timeout=SLOW)
+            expect(vm.release().endswith(f"-{kernel}"), f"{vm.release()} runs, not {kernel}")
+            seen.add(boot_id(vm))
+        expect(len(seen) == 3, f"three boots with the ids {seen}")
         quiet(vm)
 
 
-@test(part="kernels", kernels=(("modular", False, ""), ("minimal", False, "")))
+@test(part="kernels", kernels=(MODULAR, MINIMAL))
 def modular_and_minimal_kexec_each_other(ctx):
     kexec_between(ctx, "modular", "minimal")
 
 
-@test(part="kernels", kernels=(("debug", False, ""), ("minimal", False, "")))
+@test(part="kernels", kernels=(DEBUG, MINIMAL))
 def debug_and_minimal_kexec_each_other(ctx):
     kexec_between(ctx, "debug", "minimal")
 
 
-@test(part="kernels", kernels=(("debug", False, ""),))
+def handover(ctx, vm):
+    """A memfd through `systemctl kexec` into the same build."""
+    khod = Khod(vm.ready(SLOW))
+    khod.register("mem", 64 * MIB)
+    khod.only_sessions()
+    vm.kexec(timeout=SLOW)
+    khod.settled()
+    expect(khod.held() == ["mem"], f"after the kexec khod holds {khod.held()}")
+    khod.claim("mem")
+    expect(khod.held() == [], "claimed, and still held")
+
+
+@test(part="kernels", kernels=(MODULAR,))
+def a_memfd_comes_through_on_the_modular_kernel(ctx):
+    """iommufd and vfio are modules on the disk, as on a distribution, and load before and after."""
+    build = ctx.kernel("modular")
+    with ctx.vm(kernel=build, memory="1G", devices=["e1000e"]) as vm:
+        vm.ready()
+        shutil.copy(build / "modules.tar", vm.share)
+        vm.run("tar -C / --keep-directory-symlink -xf /lab/modules.tar && modprobe -a iommufd vfio_pci")
+        handover(ctx, vm)
+        vm.run("modprobe -a iommufd vfio_pci && test -c /dev/iommu")
+        quiet(vm)
+
+
+@test(part="kernels", kernels=(DEBUG,))
+def a_memfd_comes_through_on_the_debug_kernel(ctx):
+    with ctx.vm(kernel=ctx.kernel("debug"), memory="2G") as vm:
+        handover(ctx, vm)
+        quiet(vm)
+        leaks(vm)
+
+
+@test(part="kernels", kernels=(DEBUG,))
 def upstream_suites_on_the_debug_kernel(ctx):
     with ctx.vm(kernel=ctx.kernel("debug"), init="bare", memory="3G") as vm:
-        vm.ready(400)
+        vm.ready(SLOW)
         vm.run("echo 256 > /proc/sys/vm/nr_hugepages", check=False)
         suite(ctx, vm, "liveupdate/liveupdate", 600)
+        suite(ctx, vm, "iommu/iommufd_liveupdate", 900)
         suite(ctx, vm, "iommu/iommufd_fail_nth", 1800)
         quiet(vm)
+        leaks(vm)
