@@ -192,7 +192,7 @@ def bad_input_to_khod(ctx):
             for w in words:
                 expect(re.search(w, r.err), f"'{command}': '{w}' is not in: {r.err}")
 
-        refused("/usr/lib/khod/khod", r"khod")
+        refused("/usr/lib/khod/khod", "Another khod .pid [0-9]+. is running")
         refused("khoctl register taken /etc/hostname", "taken", "in use|held|exists")
         refused("khoctl register pipe --fd 3 3</dev/zero", "pipe|fd3", "memfd|preserv")
         refused("khoctl register a/b /etc/hostname", "a/b")
