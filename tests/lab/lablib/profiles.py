@@ -21,6 +21,12 @@ PROFILES = {
                      f"intel_iommu=on,sm_on {UNSAFE}", ""),
     "vtd-first-stage": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on"],
                         f"intel_iommu=on,sm_on {UNSAFE}", ""),
+    "vtd-snoop": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on,snoop-control=on"],
+                  f"intel_iommu=on,sm_on {UNSAFE}", ""),
+    "vtd-ats": (["-device", "intel-iommu,intremap=off,device-iotlb=on"],
+                f"intel_iommu=on,sm_off {UNSAFE}", ""),
+    "vtd-intremap": (["-machine", "kernel-irqchip=split", "-device", "intel-iommu,intremap=on"],
+                     "intel_iommu=on,sm_off", ""),
     # QEMU 10.0's AMD IOMMU does not translate for an e1000e; 7.3 needs both words on q35.
     "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2"),
 }

@@ -52,20 +52,21 @@ class Run:
 
     @device is a kind of device; NICs are sent @rate packets a second. @options go to the
     kernel's command line. The run ends when the guest is off; without @judge it may say
-    that something failed.
+    that something failed. @second is the other device, @arguments are more for QEMU.
     """
 
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
-                 timeout=240, kernel=None, machine="noiommu", trace=(), judge=True):
+                 timeout=240, kernel=None, machine="noiommu", trace=(), judge=True, second="e1000e",
+                 arguments=()):
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
         self.device, self.sender, self.sent = device, None, []
         if mode.startswith("unplug"):
             options += " pcie_ports=native"
-        with ctx.vm(kernel=kernel, init="dma-guest", memory="512M", devices=[device, "e1000e"],
+        with ctx.vm(kernel=kernel, init="dma-guest", memory="512M", devices=[device, second],
                     machine=machine, disk_options=THROTTLE,
                     trace=("pci_cfg_write", *EVENTS[device], *trace),
-                    arguments=PCIEHP if mode.startswith("unplug") else (),
+                    arguments=PCIEHP if mode.startswith("unplug") else arguments,
                     append=f"dma.device={device} dma.mode={mode} dma.kexecs={kexecs} "
                            f"{options}") as vm:
             self.vm, self.deadline = vm, time.monotonic() + timeout

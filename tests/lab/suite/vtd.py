@@ -16,7 +16,7 @@ from .dma import Run, quiesced
 from .upstream import quiet
 
 MODES = {"legacy": "vtd-legacy", "second-stage": "vtd-scalable", "first-stage": "vtd-first-stage"}
-FAULT = "vtd_dmar_fault"
+FAULT, ENABLE, FILL = "vtd_dmar_fault", "vtd_dmar_enable", "vtd_iotlb_page_update"
 MINIMAL, UNPATCHED = ("minimal", False, ""), ("minimal", True, "")
 DEVICE = 0x0100             # bus 1, device 0: as QEMU's trace has the requester
 
@@ -83,21 +83,31 @@ def add(mode):
 class Kexec(Run):
     """@kexecs kexecs in @mode; free memory is filled before and compacted after each retrieve."""
 
-    def __init__(self, ctx, mode, kexecs, *, options="", timeout=240):
-        super().__init__(ctx, kexecs=kexecs, machine=MODES.get(mode, mode),
-                         trace=(FAULT, "vtd_dmar_enable"),
-                         options=f"dma.fill=1 {options}", timeout=timeout)
+    def __init__(self, ctx, mode, kexecs, *, options="", timeout=240, guest="run", **kw):
+        super().__init__(ctx, mode=guest, kexecs=kexecs, machine=MODES.get(mode, mode),
+                         trace=(FAULT, ENABLE, FILL), options=f"dma.fill=1 {options}",
+                         timeout=timeout, **kw)
 
     def judge(self, ctx, kexecs):
         self.nothing_lost(ctx, kexecs)
         expect(not faults(self), f"{faults(self)} DMA requests of the device refused")
         # On once, by the first kernel, and never off until the machine is.
-        end = self.blackouts()[-1][1]
-        switched = [e.text for e in trace.read(self.vm.dir / "trace.log", {"vtd_dmar_enable"})
-                    if e.when < end]
+        switched = self.switched()
         expect(len(switched) == 1, f"translation was switched {len(switched)} times: {switched}")
         expect(len(self.lines("replaced the frozen HWPT")) == kexecs, "a frozen HWPT was not replaced")
         quiet(self.vm)
+
+    def switched(self):
+        """How the IOMMU was switched on and off before the last kernel was up."""
+        end = self.blackouts()[-1][1]
+        return [e.text for e in self.trace({ENABLE}) if e.when < end]
+
+    def page_sizes(self):
+        """How many translations of 4 KiB and of 2 MiB (with bit 7 set) the IOMMU looked up."""
+        entries = [int(re.search(r"slpte (0x[0-9a-f]+)", e.text).group(1), 16)
+                   for e in self.trace({FILL}) if requester(e) == DEVICE]
+        large = sum(bool(x & 0x80) for x in entries)
+        return len(entries) - large, large
 
 
 def add_kexec(mode):
@@ -205,3 +215,57 @@ def control_packets_are_lost_without_the_adoption(ctx):
     expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
     expect(late, "the device is not blocked")
     ctx.figure("lost", f"{lost} of {len(run.sent)}, {len(late)} faults after the blackout")
+
+
+@test(part="vtd")
+def dma_and_interrupts_with_interrupt_remapping(ctx):
+    """The remapping table is not handed over: vectors are masked until they are set up again."""
+    run = Kexec(ctx, "vtd-intremap", 2, options="dma.irq=1")
+    run.judge(ctx, 2)
+    expect(run.vm.console.find("Enabled IRQ remapping") is not None, "interrupts are not remapped")
+
+
+@test(part="vtd")
+def large_pages_are_carried_over(ctx):
+    run = Kexec(ctx, "legacy", 1)
+    run.judge(ctx, 1)
+    small, large = run.page_sizes()
+    expect(large > 10 and not small, f"{small} translations of 4 KiB, {large} of 2 MiB")
+
+
+@test(part="vtd")
+def small_pages_and_100000_areas_are_carried_over(ctx):
+    """IOVAs that are not aligned as the huge pages are, and as many areas in the same IOAS."""
+    run = Kexec(ctx, "second-stage", 1, timeout=420,
+                options="dma.iova=0x100001000 dma.areas=100000")
+    run.judge(ctx, 1)
+    small, large = run.page_sizes()
+    expect(small > 10 and not large, f"{small} translations of 4 KiB, {large} of 2 MiB")
+    ms = re.search(r"iommufd ([\d.]+) ms", run.lines("preserved memfd")[0]).group(1)
+    ctx.figure("areas", f"100,000 mapped in {run.lines('mapped 100000')[0].split(' in ')[-1]}, "
+                        f"preserved in {ms} ms")
+
+
+@test(part="vtd")
+def two_hwpts_of_one_ioas_are_carried_over(ctx):
+    """Two devices, each with a HWPT of its own, one for PASIDs; snooping is enforced."""
+    run = Kexec(ctx, "vtd-snoop", 1, guest="pair", options="dma.irq=1")
+    run.judge(ctx, 1)
+    expect(len(run.lines("ok destroy the frozen HWPT")) == 2, "there were not two frozen HWPTs")
+
+
+# 03:00.0 and .1, without ACS, are one group; 05:01.0 has the bridge's requester id.
+REFUSED = ("-device", "pcie-root-port,id=rpf,slot=8,chassis=8,bus=pcie.0,addr=0x1a",
+           "-device", "e1000e,bus=rpf,addr=0.0,multifunction=on", "-device", "e1000e,bus=rpf,addr=0.1",
+           "-device", "pcie-root-port,id=rpb,slot=9,chassis=9,bus=pcie.0,addr=0x1b",
+           "-device", "pcie-pci-bridge,id=ppb,bus=rpb", "-device", "e1000,bus=ppb,addr=1")
+
+
+@test(part="vtd")
+def devices_with_ats_groups_and_aliases_are_refused(ctx):
+    """Each by name, with DMA of another device going on, which is preserved after that."""
+    run = Run(ctx, mode="refused-devices", machine="vtd-ats", second="virtio-net",
+              arguments=REFUSED, trace=(FAULT,))
+    run.no_packet_lost()
+    expect(run.vm.console.find("domain cannot be preserved: its IOMMU group has other devices")
+           is not None, "the kernel does not say why")

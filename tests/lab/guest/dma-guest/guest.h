@@ -23,6 +23,7 @@
  *   dma.memonly=1 the modes that damage the handover preserve memory alone
  *   dma.replaces=N how often the mode "replace" does it
  *   dma.iova=N   where in the IOAS the memory is
+ *   dma.areas=N  so many areas more in the IOAS, of a page each
  *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
  *   dma.next=ARG one more argument for each next kernel
  *   dma.stage=K, dma.left=M are set by itself
@@ -54,7 +55,7 @@
 #define BDF2		"0000:02:00.0"
 #define PCI_DEVICE	"/sys/bus/pci/devices/"
 
-enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5 };
+enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5, TOK_DEV2 = 6 };
 
 struct nic_state {
 	uint32_t next;		/* descriptor to look at next */
@@ -160,7 +161,7 @@ uint64_t get_pa(uint64_t iova);
 uint32_t find_frozen(void);
 void try_destroy(uint32_t id, int expect, const char *what);
 void replace_unequal(void);
-uint32_t alloc_hwpt(void);
+uint32_t alloc_hwpt(uint32_t dev_id, uint32_t flags);
 void show_hitless(void);
 
 /* vfio.c */
@@ -219,9 +220,10 @@ struct mode {
 	void (*last)(void);
 	/* In the next kernel, instead of taking everything back. */
 	void (*next)(int stage);
-	/* Before the retrieve, and when everything is back but the session not finished. */
+	/* Before the retrieve; with all of it bound; with the new HWPT; nothing is finished. */
 	void (*waiting)(void);
 	void (*bound)(void);
+	void (*replaced)(void);
 	bool stays;	/* no kexec follows */
 	bool dies;	/* run by a child, that kills itself */
 	bool every_vector;	/* each one of an I/O queue has an interrupt pending */

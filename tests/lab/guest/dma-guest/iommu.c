@@ -5,6 +5,8 @@
 #include <sys/ioctl.h>
 #include <linux/iommufd.h>
 
+#define AREAS_OFF		(1ull << 36)	/* from the memory to the first of many areas */
+
 /* IOMMU_HW_CAP_HITLESS_REPLACE, which an unpatched kernel never sets. */
 #define HW_CAP_HITLESS_REPLACE	(1u << 4)
 
@@ -37,10 +39,26 @@ int try_map_file(uint32_t ioas, int fd, uint64_t start, uint64_t length, uint64_
 	return ioctl(iommufd, IOMMU_IOAS_MAP_FILE, &map) ? -errno : 0;
 }
 
+/* Areas of a page each, with a hole between any two; what is in them is of no interest. */
+static void map_areas(void)
+{
+	uint32_t n = atoi(param("dma.areas", "0"));
+	uint64_t iova = mem_iova + AREAS_OFF;
+	double t0 = now();
+
+	if (!n)
+		return;
+	for (uint32_t i = 0; i < n; i++, iova += 2 * PAGE)
+		must(try_map_file(ioas_id, memfd, (uint64_t)(i % NPAGES) * PAGE, PAGE, iova),
+		     "map an area");
+	say("mapped %u areas in %.1f s", n, now() - t0);
+}
+
 void make_ioas(void)
 {
 	ioas_id = alloc_ioas();
 	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, mem_iova), "IOAS_MAP_FILE");
+	map_areas();
 }
 
 uint64_t get_pa(uint64_t iova)
@@ -90,10 +108,10 @@ void replace_unequal(void)
 		try_destroy(other, 0, "destroy the unequal IOAS");
 }
 
-uint32_t alloc_hwpt(void)
+uint32_t alloc_hwpt(uint32_t dev_id, uint32_t flags)
 {
 	struct iommu_hwpt_alloc alloc = {
-		.size = sizeof(alloc), .dev_id = dev_id, .pt_id = ioas_id,
+		.size = sizeof(alloc), .flags = flags, .dev_id = dev_id, .pt_id = ioas_id,
 	};
 
 	check(ioctl(iommufd, IOMMU_HWPT_ALLOC, &alloc), "HWPT_ALLOC");

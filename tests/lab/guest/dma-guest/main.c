@@ -157,20 +157,22 @@ static void take_back(int stage, bool irq, bool fill)
 		mode->bound();
 	must(try_bind(), "bind");
 	map_bar();
-	frozen_id = find_frozen();
 	replace_unequal();
 	if (mode->bound)
 		mode->bound();
 	make_ioas();
 	must(try_attach(ioas_id), "attach");
 	say("replaced the frozen HWPT");
+	if (mode->replaced)
+		mode->replaced();
 	check_pages();
 	if (irq) {
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
 		check_pending();
 	}
 	driver->resume();
-	try_destroy(frozen_id, 0, "destroy the frozen HWPT");
+	for (int i = 0; i < 2 && (frozen_id = find_frozen()); i++)
+		try_destroy(frozen_id, 0, "destroy the frozen HWPT");
 	if (atoi(param("dma.more", "0"))) {
 		driver->take(true);
 		retrieve_more();

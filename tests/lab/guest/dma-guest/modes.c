@@ -213,7 +213,7 @@ static void freezefail_first(void)
 /* Go to and fro between two equal HWPTs, under DMA all the time. */
 static void replace_first(void)
 {
-	uint32_t hwpt[2] = { alloc_hwpt(), alloc_hwpt() };
+	uint32_t hwpt[2] = { alloc_hwpt(dev_id, 0), alloc_hwpt(dev_id, 0) };
 	uint32_t n = atoi(param("dma.replaces", "1000"));
 	double t0, spent = 0, t;
 
@@ -531,6 +531,52 @@ static void refuse_dmabuf(uint64_t iova)
 	close(fd);
 }
 
+/*
+ * Devices that are refused behind an IOMMU, by name: all are attached, and the first one
+ * goes on with DMA beside them. @bdfs: those that are attached to one IOAS.
+ */
+static void refuse_devices(const char *what, const char *const *bdfs, uint32_t reason)
+{
+	static int nr = 1;
+	int ctx = iommufd, fds[2], mem_fd = memfd, n = 0;
+	uint32_t ioas;
+
+	iommufd = open("/dev/iommu", O_RDWR);
+	check(iommufd, "/dev/iommu");
+	memfd = new_memfd("refused", PAGE);
+	ioas = alloc_ioas();
+	must(try_map_file(ioas, memfd, 0, PAGE, mem_iova), "map memfd");
+	for (; bdfs[n]; n++) {
+		bind_vfio_pci(bdfs[n]);
+		fds[n] = open_dev(nr++);
+		check(fds[n], bdfs[n]);
+		must(bind_dev(fds[n], iommufd), bdfs[n]);
+		must(attach_dev(fds[n], ioas), bdfs[n]);
+	}
+	refused(what, -1, reason);
+	while (n)
+		close(fds[--n]);
+	close(iommufd);
+	close(memfd);
+	iommufd = ctx;
+	memfd = mem_fd;
+}
+
+static void refused_devices_first(void)
+{
+	static const char *const ats[] = { "0000:02:00.0", NULL };
+	static const char *const functions[] = { "0000:03:00.0", "0000:03:00.1", NULL };
+	static const char *const alias[] = { "0000:05:01.0", NULL };
+
+	refuse_devices("a device with ATS", ats, IOMMU_LIVEUPDATE_DEVICE_ATS);
+	refuse_devices("two devices of a group", functions, IOMMU_LIVEUPDATE_DRIVER);
+	refuse_devices("a device behind a PCI bridge", alias, IOMMU_LIVEUPDATE_DRIVER);
+	run_for(1);
+	create_session("dma");
+	preserve_all();
+	end_session();
+}
+
 static void refuse_pasid(void)
 {
 	struct vfio_device_attach_iommufd_pt attach = {
@@ -580,6 +626,51 @@ static void twosessions_waiting(void)
 	end_session();
 	say("%s the second device is quiesced", is_master(BDF2) ? "FAIL" : "ok");
 	say("%s the first device runs", is_master(BDF) ? "ok" : "FAIL");
+}
+
+/*
+ * A second device in the same context, attached to a HWPT of its own of the same IOAS,
+ * with another property: it may be used with PASIDs.
+ */
+static int dev2 = -1;
+static int dev2_id;
+
+static void pair_attach(void)
+{
+	must(attach_dev(dev2, alloc_hwpt(dev2_id, IOMMU_HWPT_ALLOC_PASID)), "attach second device");
+}
+
+static void pair_first(void)
+{
+	bind_vfio_pci(BDF2);
+	dev2 = open_dev(1);
+	check(dev2, "open second device");
+	dev2_id = bind_dev(dev2, iommufd);
+	must(dev2_id, "bind second device");
+	pair_attach();
+	bus_master(dev2);
+}
+
+static void pair_last(void)
+{
+	must(try_preserve(dev2, TOK_DEV2), "preserve second device");
+}
+
+static void pair_bound(void)
+{
+	say("%s the second device runs", is_master(BDF2) ? "ok" : "FAIL");
+	dev2 = try_retrieve(TOK_DEV2);
+	must(dev2, "retrieve second device");
+	dev2_id = bind_dev(dev2, iommufd);
+	must(dev2_id, "bind second device");
+}
+
+static void pair_replaced(void)
+{
+	int ret = try_finish();
+
+	verdict(ret == -EBUSY, "finish with a device on its frozen HWPT", ret);
+	pair_attach();
 }
 
 static bool gone(double seconds)
@@ -710,6 +801,9 @@ const struct mode *find_mode(const char *name)
 		{ .name = "kexecload", .first = kexecload_first, .stays = true },
 		{ .name = "replace", .first = replace_first, .stays = true },
 		{ .name = "refusals", .first = refusals_first, .stays = true },
+		{ .name = "refused-devices", .first = refused_devices_first, .stays = true },
+		{ .name = "pair", .first = pair_first, .last = pair_last, .bound = pair_bound,
+		  .replaced = pair_replaced },
 		{ .name = "noretrieve", .next = noretrieve_next },
 		{ .name = "lastclose", .next = lastclose_next },
 		{ .name = "abandon", .next = abandon_next },
