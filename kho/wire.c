@@ -83,10 +83,11 @@ ssize_t kho_wire_recv(struct kho *kho, int sock, void *buf, int fds[KHO_WIRE_FDS
 			}
 		}
 	}
-	if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
+	/* A packet may bring descriptors and no byte; to the caller it is the end. */
+	if (n == 0 || (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))) {
 		while (got > 0)
 			kho_close(kho, fds[--got]);
-		return msg.msg_flags & MSG_CTRUNC ? -EMFILE : -EMSGSIZE;
+		return n == 0 ? 0 : msg.msg_flags & MSG_CTRUNC ? -EMFILE : -EMSGSIZE;
 	}
 	*n_fds = got;
 	return n;

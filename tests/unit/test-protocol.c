@@ -110,6 +110,30 @@ Test(protocol, garbage)
 	must_work();
 }
 
+/* It is an end of file as well if it brings descriptors: they must not stay open. */
+Test(protocol, empty_packets_with_descriptors)
+{
+	int pair[2] = { make_memfd(100, 1), make_memfd(100, 2) };
+	size_t before;
+
+	must_work();
+	before = sim_khod_fds(sim);
+	for (int i = 0; i < 8; i++) {
+		int s = dial_raw();
+		uint8_t end;
+
+		hello(s);
+		cr_assert(kho_wire_send(kho, s, NULL, 0, pair, 2) >= 0);
+		cr_assert(recv(s, &end, 1, 0) <= 0);
+		close(s);
+	}
+	must_work();
+	/* A connection may be on its way out at either count. */
+	cr_assert(sim_khod_fds(sim) <= before + 1, "%zu, not %zu", sim_khod_fds(sim), before);
+	close(pair[0]);
+	close(pair[1]);
+}
+
 Test(protocol, random_garbage)
 {
 	unsigned int seed = 20261120;
