@@ -830,7 +830,7 @@ static void peer_unit(int fd, pid_t pid, char *unit, size_t size)
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &len) < 0)
 		pidfd = -1;
 	if (sd_pid_get_unit(pid, &name) >= 0 && strlen(name) < size &&
-	    (pidfd < 0 || pidfd_send_signal(pidfd, 0, NULL, 0) == 0))
+	    (pidfd < 0 || pidfd_send_signal(pidfd, 0, NULL, 0) == 0 || errno == EPERM))
 		strcpy(unit, name);
 	if (pidfd >= 0)
 		close(pidfd);
