@@ -18,10 +18,11 @@
 #define RETRY_USEC (3 * 1000000ULL)
 #define CALL_USEC (10 * 1000000ULL)
 
+/* One that has failed, whether or not a client is about to claim it. */
 static const struct workload *obstacle(const struct khod *k)
 {
 	for (const struct workload *w = k->workloads; w; w = w->next)
-		if (w->state == WORKLOAD_FAILED)
+		if (w->state == WORKLOAD_FAILED || (w->state == WORKLOAD_CLAIMING && w->reason))
 			return w;
 	return NULL;
 }

@@ -96,6 +96,7 @@ static void claim_abandon(struct connection *c)
 		  c->claiming->name);
 	c->claiming->state = c->claiming_from;
 	c->claiming = NULL;
+	inhibit_update(c->k);
 }
 
 static void connection_free(struct connection *c)
