@@ -18,11 +18,17 @@
 #define MAX_WORKLOADS_ROOT 1024
 #define MAX_FILES_UID 1024
 #define MAX_FILES_ROOT 16384
+/*
+ * Memory in custody cannot be swapped, and is charged to nobody's cgroup: as large a part of
+ * the machine's as a user's runtime directory may take (RuntimeDirectorySize= of logind).
+ * KHOD_USER_MEMORY_PERCENT= in the environment of khod sets another one.
+ */
+#define USER_MEMORY_PERCENT 10
 
 /* Deadlines of a connection, in seconds. */
 #define DEADLINE_HELLO 5
 #define DEADLINE_REGISTER 30
-#define DEADLINE_ACK 30
+#define DEADLINE_ACK 900	/* a client may write much memory to a disk first; one that dies hangs up */
 #define DEADLINE_IDLE 300
 
 enum workload_state {

@@ -62,6 +62,7 @@ struct connection {
 	unsigned int n_queue;
 	sd_event_source *io;
 	sd_event_source *timer;
+	unsigned int deadline;	/* the one that the timer is set to, in seconds */
 };
 
 static void pending_free(struct khod *k, struct pending *p)
@@ -130,6 +131,10 @@ static void deadline(struct connection *c)
 			   c->pending	? DEADLINE_REGISTER :
 					  DEADLINE_IDLE;
 
+	/* Other messages do not put off the end of what was begun. */
+	if (c->deadline == sec && sec != DEADLINE_IDLE)
+		return;
+	c->deadline = sec;
 	(void)sd_event_source_set_time_relative(c->timer, sec * 1000000ULL);
 	(void)sd_event_source_set_enabled(c->timer, SD_EVENT_ONESHOT);
 }
@@ -819,7 +824,8 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 
 /*
  * The unit of the peer. Its pid may be reused between the credentials and the look at
- * its cgroup; a pidfd from the socket, still alive after the look, proves it was not.
+ * its cgroup; a pidfd from the socket, still alive after the look, proves it was not. That
+ * a signal is not permitted says so, too: khod has no capability to send one to others.
  */
 static void peer_unit(int fd, pid_t pid, char *unit, size_t size)
 {
