@@ -11,6 +11,8 @@
 #include <systemd/sd-daemon.h>
 
 #include "fdstore.h"
+#include "log.h"
+#include "util.h"
 
 #define BARRIER_USEC (30 * 1000000ULL)
 /* systemd before 254 does not say how large the store is. */
@@ -67,6 +69,8 @@ int fdstore_push(struct fdstore *fs, const char *name, int fd, struct kho_error 
 
 int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 {
+	_cleanup_error_ struct kho_error *late = NULL;
+	_cleanup_free_ char *text = NULL;
 	char msg[FDSTORE_NAME_MAX + 64];
 	int r;
 
@@ -77,5 +81,11 @@ int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 				     strerror(r ? -r : ENODEV));
 	if (fs->used > 0)
 		fs->used--;
-	return barrier(name, "removed", err);
+	/*
+	 * From here on it will be removed. To keep it in custody because that was not confirmed
+	 * in time would be to rely on a descriptor that PID 1 is about to close.
+	 */
+	if (barrier(name, "removed", &late) < 0)
+		log_event(LOG_WARNING, NULL, NULL, "%s.", text = kho_error_format(late, 0));
+	return 0;
 }
