@@ -65,6 +65,25 @@ void khod_status_line(struct khod *k)
 	inhibit_update(k);
 }
 
+static uint64_t user_bytes(void)
+{
+	uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+	const char *env = getenv("KHOD_USER_MEMORY_PERCENT");
+	unsigned long percent = USER_MEMORY_PERCENT;
+	char *end;
+
+	if (env) {
+		percent = strtoul(env, &end, 10);
+		if (end == env || *end || percent > 100) {
+			log_event(LOG_WARNING, NULL, NULL,
+				  "KHOD_USER_MEMORY_PERCENT=%s is not a number from 0 to 100; %d is used.", env,
+				  USER_MEMORY_PERCENT);
+			percent = USER_MEMORY_PERCENT;
+		}
+	}
+	return memory / 100 * percent;
+}
+
 /* One khod at a time, whoever starts it. The lock goes with the process. */
 static int take_lock(const char *socket_path)
 {
@@ -216,6 +235,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		snprintf(k.boot_id, sizeof(k.boot_id), SD_ID128_FORMAT_STR, SD_ID128_FORMAT_VAL(boot));
 	(void)sd_watchdog_enabled(0, &k.watchdog_usec);
 	fdstore_init(&k.fdstore);
+	k.user_bytes = user_bytes();
 
 	r = kho_luo_available(k.kho, &err);
 	if (r < 0) {

@@ -100,6 +100,7 @@ struct khod {
 	char *luo_reason;	/* why there is no live update; NULL if there is */
 	bool retrieve_outgoing;
 	uint64_t watchdog_usec;
+	uint64_t user_bytes;	/* what one user other than root may have in custody */
 	char boot_id[37];
 	char kernel_release[65];
 };

@@ -312,6 +312,23 @@ static int quota_check(struct khod *k, uid_t uid, size_t n_files, struct kho_err
 	return 0;
 }
 
+static int quota_check_bytes(struct khod *k, const struct kho_image *image, struct kho_error **err)
+{
+	uint64_t bytes = kho_image_bytes(image);
+	uid_t uid = kho_image_uid(image);
+
+	if (uid == 0)
+		return 0;
+	for (struct workload *w = k->workloads; w; w = w->next)
+		if (w->image && kho_image_uid(w->image) == uid)
+			bytes += workload_bytes(w);
+	if (bytes > k->user_bytes)
+		return kho_error_new(err, EDQUOT, "user",
+				     "uid %u would have %" PRIu64 " MiB in custody; it may have %" PRIu64 " (KHOD_USER_MEMORY_PERCENT= of khod.service)",
+				     (unsigned int)uid, bytes >> 20, k->user_bytes >> 20);
+	return 0;
+}
+
 static int build_image(struct khod *k, const char *name, const struct identity *who,
 		       const void *secret, size_t secret_size, char *const *names,
 		       const int *fds, size_t n, struct kho_image **ret, struct kho_error **err)
@@ -473,6 +490,8 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 				     "systemd's fd store has no room for it (%u of %u places taken): raise FileDescriptorStoreMax= of khod.service",
 				     k->fdstore.used, k->fdstore.max);
 	r = build_image(k, name, who, secret, secret_size, names, fds, n, &image, err);
+	if (r >= 0)
+		r = quota_check_bytes(k, image, err);
 	if (r < 0)
 		return r;
 

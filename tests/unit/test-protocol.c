@@ -412,6 +412,15 @@ static int user_tries(void)
 	claim = kho_claim_free(claim);
 	kho_client_free(c);
 
+	/* Not more memory than its part of the machine's. */
+	c = dial(kho, sim);
+	cf = (struct kho_client_file){ "a", memfd_create("a", MFD_CLOEXEC) };
+	if (ftruncate(cf.fd, (off_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / 8) < 0 ||
+	    kho_client_register(c, "large", &cf, 1, NULL, 0, NULL) != -EDQUOT)
+		return 10;
+	close(cf.fd);
+	kho_client_free(c);
+
 	/* Its own workloads, up to its limit. */
 	c = dial(kho, sim);
 	for (int i = 0; i < 33; i++) {
