@@ -1,16 +1,25 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * The client's side of the control protocol: one request, its replies, in order.
+ * The client's side of the control protocol: one request, its replies, in order. News of a
+ * handover may come between; they wait until they are asked for.
  * A transport error ends the connection; a refusal by khod does not.
  */
 #include <inttypes.h>
+#include <limits.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "wire.h"
 
 /* khod answers a registration when the kernel has pinned every page of it. */
 #define TIMEOUT_MSEC (10 * 60 * 1000)
+
+struct news {
+	struct news *next;
+	struct kho_event event;
+};
 
 struct kho_client {
 	struct kho *kho;
@@ -18,12 +27,19 @@ struct kho_client {
 	uint64_t serial;
 	uint32_t max_fds;
 	uint8_t *buf;
+	struct news *news;	/* oldest first */
 };
 
 struct kho_client *kho_client_free(struct kho_client *client)
 {
 	if (client) {
 		kho_close(client->kho, client->sock);
+		while (client->news) {
+			struct news *n = client->news;
+
+			client->news = n->next;
+			free(n);
+		}
 		free(client->buf);
 		free(client);
 	}
@@ -86,6 +102,57 @@ static int send_request(struct kho_client *c, Kho__Control__Request *q, const in
 	return 0;
 }
 
+/* 0: it is an answer; 1: it was news. */
+static int take_news(struct kho_client *c, const Kho__Control__Reply *a, struct kho_error **err)
+{
+	struct news **tail = &c->news, *n;
+
+	if (a->body_case != KHO__CONTROL__REPLY__BODY_PREPARE &&
+	    a->body_case != KHO__CONTROL__REPLY__BODY_ABORTED)
+		return 0;
+	n = calloc(1, sizeof(*n));
+	if (!n)
+		return kho_error_new(err, ENOMEM, "khod", "out of memory");
+	if (a->body_case == KHO__CONTROL__REPLY__BODY_PREPARE) {
+		n->event.kind = KHO_EVENT_PREPARE;
+		snprintf(n->event.workload, sizeof(n->event.workload), "%s", a->prepare->name);
+		n->event.handover = a->prepare->handover;
+		n->event.msec = a->prepare->msec;
+	} else {
+		n->event.kind = KHO_EVENT_ABORTED;
+		snprintf(n->event.workload, sizeof(n->event.workload), "%s", a->aborted->name);
+		n->event.handover = a->aborted->handover;
+		snprintf(n->event.reason, sizeof(n->event.reason), "%s", a->aborted->reason);
+	}
+	while (*tail)
+		tail = &(*tail)->next;
+	*tail = n;
+	return 1;
+}
+
+/* One packet of khod's, of any kind. Descriptors are the caller's. */
+static int recv_any(struct kho_client *c, Kho__Control__Reply **ret, int *fds, size_t *n_fds,
+		    struct kho_error **err)
+{
+	ssize_t n;
+
+	if (c->sock < 0)
+		return kho_error_new(err, ENOTCONN, "khod", "the connection is closed");
+	n = kho_wire_recv(c->kho, c->sock, c->buf, fds, n_fds);
+	/* The kernel reports a reset once, before what khod still said. */
+	if (n == -ECONNRESET)
+		n = kho_wire_recv(c->kho, c->sock, c->buf, fds, n_fds);
+	if (n <= 0)
+		return transport(c, (int)n, "no answer", err);
+	*ret = kho_wire_reply_unpack(c->buf, n);
+	if (!*ret) {
+		close_fds(c->kho, fds, *n_fds);
+		hang_up(c);
+		return kho_error_new(err, EPROTO, "khod", "its answer cannot be understood");
+	}
+	return 0;
+}
+
 /*
  * One reply of kind @want. Descriptors are handed out only with @fds; a reply
  * that is not an answer to what was asked ends the connection.
@@ -95,23 +162,25 @@ static int recv_reply(struct kho_client *c, Kho__Control__Reply__BodyCase want,
 		      struct kho_error **err)
 {
 	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
-	int got[KHO_WIRE_FDS_MAX];
+	int got[KHO_WIRE_FDS_MAX], r;
 	size_t n_got;
-	ssize_t n;
 
-	if (c->sock < 0)
-		return kho_error_new(err, ENOTCONN, "khod", "the connection is closed");
-	n = kho_wire_recv(c->kho, c->sock, c->buf, got, &n_got);
-	/* The kernel reports a reset once, before what khod still said. */
-	if (n == -ECONNRESET)
-		n = kho_wire_recv(c->kho, c->sock, c->buf, got, &n_got);
-	if (n <= 0)
-		return transport(c, (int)n, "no answer", err);
-	a = kho_wire_reply_unpack(c->buf, n);
-	if (!a || (n_got > 0 && !fds)) {
+	for (;;) {
+		r = recv_any(c, &a, got, &n_got, err);
+		if (r < 0)
+			return r;
+		if (n_got > 0 && !fds) {
+			close_fds(c->kho, got, n_got);
+			hang_up(c);
+			return kho_error_new(err, EPROTO, "khod", "its answer cannot be understood");
+		}
+		r = take_news(c, a, err);
+		if (r == 0)
+			break;
 		close_fds(c->kho, got, n_got);
-		hang_up(c);
-		return kho_error_new(err, EPROTO, "khod", "its answer cannot be understood");
+		kho_wire_reply_free(TAKE_PTR(a));
+		if (r < 0)
+			return r;
 	}
 	if (a->body_case == KHO__CONTROL__REPLY__BODY_ERROR) {
 		const Kho__Control__Error *e = a->error;
@@ -190,6 +259,28 @@ int kho_client_register(struct kho_client *client, const char *name,
 			const struct kho_client_file *files, size_t n_files, const void *secret,
 			size_t secret_size, struct kho_error **err)
 {
+	return kho_client_register_policy(client, name, files, n_files, secret, secret_size, NULL, err);
+}
+
+static void policy_to_wire(const struct kho_policy *policy, Kho__Control__Policy *w)
+{
+	kho__control__policy__init(w);
+	w->keep = policy->keep == KHO_KEEP_LEASE ? KHO__CONTROL__KEEP_MODE__KEEP_LEASE :
+						   KHO__CONTROL__KEEP_MODE__KEEP_HOLD;
+	w->prepare = policy->prepare;
+	w->survival = policy->survival == KHO_SURVIVAL_BEST_EFFORT ?
+			      KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT :
+			      KHO__CONTROL__SURVIVAL__SURVIVAL_MUST;
+	w->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
+	w->prepare_msec = policy->prepare_msec;
+}
+
+int kho_client_register_policy(struct kho_client *client, const char *name,
+			       const struct kho_client_file *files, size_t n_files,
+			       const void *secret, size_t secret_size,
+			       const struct kho_policy *policy, struct kho_error **err)
+{
+	static const struct kho_policy none;
 	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 	Kho__Control__FileSpec specs[KHO_WIRE_FDS_MAX];
 	Kho__Control__FileSpec *specp[KHO_WIRE_FDS_MAX];
@@ -208,7 +299,7 @@ int kho_client_register(struct kho_client *client, const char *name,
 	for (size_t done = 0; done < n_files;) {
 		Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 		Kho__Control__Register reg = KHO__CONTROL__REGISTER__INIT;
-		Kho__Control__Policy policy = KHO__CONTROL__POLICY__INIT;
+		Kho__Control__Policy wanted;
 		size_t n = n_files - done;
 
 		if (n > client->max_fds)
@@ -224,8 +315,8 @@ int kho_client_register(struct kho_client *client, const char *name,
 		reg.n_files = n;
 		reg.more = done + n < n_files;
 		if (done == 0) {
-			policy.keep = KHO__CONTROL__KEEP_MODE__KEEP_HOLD;
-			reg.policy = &policy;
+			policy_to_wire(policy ? policy : &none, &wanted);
+			reg.policy = &wanted;
 			reg.claim_secret.data = (uint8_t *)secret;
 			reg.claim_secret.len = secret ? secret_size : 0;
 		}
@@ -237,6 +328,151 @@ int kho_client_register(struct kho_client *client, const char *name,
 		done += n;
 	}
 	return recv_reply(client, KHO__CONTROL__REPLY__BODY_REGISTERED, &a, NULL, NULL, err);
+}
+
+int kho_client_fd(const struct kho_client *client)
+{
+	return client->sock;
+}
+
+static int64_t now_msec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * INT64_C(1000) + ts.tv_nsec / 1000000;
+}
+
+/* Wait for a packet. Return: 1, 0 (none came), -errno. */
+static int wait_packet(struct kho_client *c, int64_t until, struct kho_error **err)
+{
+	struct pollfd p = { .fd = c->sock, .events = POLLIN };
+	int n;
+
+	if (c->sock < 0)
+		return kho_error_new(err, ENOTCONN, "khod", "the connection is closed");
+	for (;;) {
+		int64_t left = until < 0 ? -1 : until - now_msec();
+
+		n = poll(&p, 1, until < 0 ? -1 : left > 0 ? (int)left : 0);
+		if (n >= 0)
+			return n;
+		if (errno != EINTR)
+			return kho_error_new(err, errno, "khod", "poll: %s", strerror(errno));
+	}
+}
+
+int kho_client_event(struct kho_client *client, int timeout_msec, struct kho_event *event,
+		     struct kho_error **err)
+{
+	int64_t until = timeout_msec < 0 ? -1 : now_msec() + timeout_msec;
+	int fds[KHO_WIRE_FDS_MAX], r;
+	size_t n_fds;
+
+	*event = (struct kho_event){};
+	while (!client->news) {
+		_cleanup_(replyp) Kho__Control__Reply *a = NULL;
+
+		r = wait_packet(client, until, err);
+		if (r <= 0)
+			return r;
+		r = recv_any(client, &a, fds, &n_fds, err);
+		if (r < 0)
+			return r;
+		close_fds(client->kho, fds, n_fds);
+		r = take_news(client, a, err);
+		if (r < 0)
+			return r;
+		if (r == 0) {
+			hang_up(client);
+			return a->body_case == KHO__CONTROL__REPLY__BODY_ERROR ?
+				kho_error_new(err, ECONNRESET, "khod", "%s", a->error->reason) :
+				kho_error_new(err, EPROTO, "khod", "it answers what was not asked");
+		}
+	}
+	if (client->news) {
+		struct news *n = client->news;
+
+		*event = n->event;
+		client->news = n->next;
+		free(n);
+	}
+	return 0;
+}
+
+/* A request that is answered by Done, or refused. */
+static int ask_done(struct kho_client *client, Kho__Control__Request *q, struct kho_error **err)
+{
+	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
+	int r;
+
+	client->serial++;
+	r = send_request(client, q, NULL, 0, err);
+	if (r < 0)
+		return r;
+	return recv_reply(client, KHO__CONTROL__REPLY__BODY_DONE, &a, NULL, NULL, err);
+}
+
+int kho_client_ready(struct kho_client *client, const struct kho_event *event,
+		     struct kho_error **err)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Ready body = KHO__CONTROL__READY__INIT;
+
+	body.name = (char *)event->workload;
+	body.handover = event->handover;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_READY;
+	q.ready = &body;
+	return ask_done(client, &q, err);
+}
+
+int kho_client_veto(struct kho_client *client, const struct kho_event *event, const char *reason,
+		    struct kho_error **err)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Veto body = KHO__CONTROL__VETO__INIT;
+
+	body.name = (char *)event->workload;
+	body.handover = event->handover;
+	body.reason = (char *)reason;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_VETO;
+	q.veto = &body;
+	return ask_done(client, &q, err);
+}
+
+int kho_client_preserve(struct kho_client *client, bool force,
+			void (*left_behind)(const char *name, const char *reason, void *userdata),
+			void *userdata, struct kho_error **err)
+{
+	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Preserve body = KHO__CONTROL__PRESERVE__INIT;
+	int r;
+
+	body.force = force;
+	q.body_case = KHO__CONTROL__REQUEST__BODY_PRESERVE;
+	q.preserve = &body;
+	client->serial++;
+	r = send_request(client, &q, NULL, 0, err);
+	if (r < 0)
+		return r;
+	r = recv_reply(client, KHO__CONTROL__REPLY__BODY_PRESERVED, &a, NULL, NULL, err);
+	if (r < 0)
+		return r;
+	for (size_t i = 0; left_behind && i < a->preserved->n_left_behind; i++)
+		left_behind(a->preserved->left_behind[i]->name, a->preserved->left_behind[i]->reason,
+			    userdata);
+	return (int)(a->preserved->workloads & INT_MAX);
+}
+
+int kho_client_abort(struct kho_client *client, struct kho_error **err)
+{
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Abort body = KHO__CONTROL__ABORT__INIT;
+
+	q.body_case = KHO__CONTROL__REQUEST__BODY_ABORT;
+	q.abort = &body;
+	return ask_done(client, &q, err);
 }
 
 struct claim_file {
@@ -429,39 +665,27 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
 int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
 			 struct kho_error **err)
 {
-	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__ClaimAck body = KHO__CONTROL__CLAIM_ACK__INIT;
-	int r;
 
 	body.name = claim->name;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM_ACK;
 	q.claim_ack = &body;
-	client->serial++;
-	r = send_request(client, &q, NULL, 0, err);
-	if (r < 0)
-		return r;
-	return recv_reply(client, KHO__CONTROL__REPLY__BODY_DONE, &a, NULL, NULL, err);
+	return ask_done(client, &q, err);
 }
 
 int kho_client_release(struct kho_client *client, const char *name, const void *secret,
 		       size_t secret_size, struct kho_error **err)
 {
-	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__Release body = KHO__CONTROL__RELEASE__INIT;
-	int r;
 
 	body.name = (char *)name;
 	body.claim_secret.data = (uint8_t *)secret;
 	body.claim_secret.len = secret ? secret_size : 0;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_RELEASE;
 	q.release = &body;
-	client->serial++;
-	r = send_request(client, &q, NULL, 0, err);
-	if (r < 0)
-		return r;
-	return recv_reply(client, KHO__CONTROL__REPLY__BODY_DONE, &a, NULL, NULL, err);
+	return ask_done(client, &q, err);
 }
 
 const char *kho_workload_state_name(enum kho_workload_state state)
@@ -475,6 +699,8 @@ const char *kho_workload_state_name(enum kho_workload_state state)
 		return "unreadable";
 	case KHO_WORKLOAD_FAILED:
 		return "failed";
+	case KHO_WORKLOAD_LEASED:
+		return "leased";
 	}
 	return "unknown";
 }
@@ -554,6 +780,10 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 			.handovers = info->handovers,
 			.registered_usec = info->registered_realtime_usec,
 			.secret = info->secret,
+			.survival = info->survival == KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ?
+					    KHO_SURVIVAL_BEST_EFFORT : KHO_SURVIVAL_MUST,
+			.restore_failure = KHO_RESTORE_FAILURE_QUIESCE,
+			.prepare = info->prepare,
 			.n_files = info->n_files > 0 ? info->n_files : info->count,
 			.bytes = info->bytes,
 			.files = files,

@@ -81,6 +81,8 @@ struct kho_image {
 	struct kho_graph *graph;
 	enum kho_outcome outcome;
 	char reason[KHO_REASON_MAX + 1];
+	enum kho_survival survival;
+	enum kho_restore_failure restore_failure;
 };
 
 /*
@@ -410,6 +412,23 @@ void kho_image_drop_devices(struct kho_image *image)
 	image->graph = kho_graph_free(image->graph);
 }
 
+enum kho_survival kho_image_survival(const struct kho_image *image)
+{
+	return image->survival;
+}
+
+enum kho_restore_failure kho_image_restore_failure(const struct kho_image *image)
+{
+	return image->restore_failure;
+}
+
+void kho_image_set_policy(struct kho_image *image, enum kho_survival survival,
+			  enum kho_restore_failure restore_failure)
+{
+	image->survival = survival;
+	image->restore_failure = restore_failure;
+}
+
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers)
 {
 	image->handovers = handovers;
@@ -499,6 +518,7 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	_cleanup_free_ Kho__Image__File **filep = NULL;
 	_cleanup_free_ uint8_t *out = NULL;
 	Kho__Image__Outcome outcome = KHO__IMAGE__OUTCOME__INIT;
+	Kho__Image__Policy policy = KHO__IMAGE__POLICY__INIT;
 	char *needs[N_FEATURES];
 	struct header *h;
 	size_t payload = 0;
@@ -542,6 +562,12 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	w.registered_realtime_usec = image->registered_usec;
 	w.handovers = image->handovers;
 	w.keep = KHO__IMAGE__KEEP_MODE__KEEP_HOLD;
+	/* As old images are: without it all is the default. */
+	if (image->survival || image->restore_failure) {
+		policy.survival = (Kho__Image__Survival)image->survival;
+		policy.restore_failure = (Kho__Image__RestoreFailure)image->restore_failure;
+		w.policy = &policy;
+	}
 	w.files = filep;
 	w.n_files = image->n_files;
 	if (image->has_secret) {
@@ -671,6 +697,14 @@ static int from_message(const Kho__Image__Image *m, struct kho_image **ret,
 		return r;
 	image->handovers = w->handovers;
 	image->registered_usec = w->registered_realtime_usec;
+	if (w->policy) {
+		if ((int)w->policy->survival < 0 ||
+		    w->policy->survival > KHO__IMAGE__SURVIVAL__SURVIVAL_BEST_EFFORT ||
+		    w->policy->restore_failure != KHO__IMAGE__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE)
+			return kho_error_new(err, EOPNOTSUPP, w->name, "its policy is unknown: upgrade khod");
+		kho_image_set_policy(image, (enum kho_survival)w->policy->survival,
+				     (enum kho_restore_failure)w->policy->restore_failure);
+	}
 	if (m->origin) {
 		r = set_text(image->writer, TEXT_MAX, m->origin->writer, "writer", err);
 		if (r >= 0)

@@ -190,6 +190,11 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 		     "held, %zu files, %s, preserved already: no page is moved in the blackout",
 		     w->n_files, human_size(w->bytes, size));
 		return;
+	case KHO_WORKLOAD_LEASED:
+		item(p, w->name, true, true, "leased, %zu files, %s: its client is asked before a handover%s",
+		     w->n_files, human_size(w->bytes, size),
+		     w->survival == KHO_SURVIVAL_MUST ? "" : ", which goes on without it if it is not ready");
+		return;
 	case KHO_WORKLOAD_UNREADABLE:
 		item(p, w->name, true, true, "held; it can be claimed after the kexec only");
 		return;
@@ -200,7 +205,7 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 	case KHO_WORKLOAD_FAILED:
 		break;
 	}
-	item(p, w->name, false, true, "would be lost: %s", w->reason);
+	item(p, w->name, false, w->survival == KHO_SURVIVAL_MUST, "would be lost: %s", w->reason);
 }
 
 static void check_khod(struct flight *p, struct khoctl *ctl)

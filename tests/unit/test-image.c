@@ -28,6 +28,7 @@ static struct kho_image *sample(size_t n)
 	cr_assert(kho_image_new(&i, "vm1", 1000, "vm@1.service", NULL) == 0);
 	kho_image_set_handovers(i, 7);
 	kho_image_set_registered_usec(i, 1234567);
+	kho_image_set_policy(i, KHO_SURVIVAL_BEST_EFFORT, KHO_RESTORE_FAILURE_QUIESCE);
 	cr_assert(kho_image_set_origin(i, "0123-boot", "7.3.4", 42, NULL) == 0);
 	for (size_t k = 0; k < n; k++) {
 		char name[32];
@@ -53,6 +54,8 @@ static void must_be_same(const struct kho_image *a, const struct kho_image *b)
 	cr_assert_str_eq(kho_image_kernel_release(a), kho_image_kernel_release(b));
 	cr_assert(kho_image_uid(a) == kho_image_uid(b));
 	cr_assert(kho_image_handovers(a) == kho_image_handovers(b));
+	cr_assert(kho_image_survival(a) == kho_image_survival(b));
+	cr_assert(kho_image_restore_failure(a) == kho_image_restore_failure(b));
 	cr_assert(kho_image_registered_usec(a) == kho_image_registered_usec(b));
 	cr_assert(kho_image_written_usec(a) == kho_image_written_usec(b));
 	cr_assert(kho_image_n_files(a) == kho_image_n_files(b));
@@ -236,7 +239,8 @@ Test(image, newer_formats)
 Test(image, values_that_no_writer_writes)
 {
 	struct kho_error *err = NULL;
-	enum { NO_WORKLOAD, NAME, UNIT, KEEP, KIND, TOKEN_IMAGE, TOKEN_TWICE, NAME_TWICE, SALT, N };
+	enum { NO_WORKLOAD, NAME, UNIT, KEEP, KIND, TOKEN_IMAGE, TOKEN_TWICE, NAME_TWICE, SALT, SURVIVAL,
+	       RESTORE, N };
 
 	for (int bad = 0; bad < N; bad++) {
 		Kho__Image__Image m = KHO__IMAGE__IMAGE__INIT;
@@ -244,7 +248,11 @@ Test(image, values_that_no_writer_writes)
 		Kho__Image__File f[2] = { KHO__IMAGE__FILE__INIT, KHO__IMAGE__FILE__INIT };
 		Kho__Image__File *fp[2] = { &f[0], &f[1] };
 		Kho__Image__Secret s = KHO__IMAGE__SECRET__INIT;
+		Kho__Image__Policy p = KHO__IMAGE__POLICY__INIT;
 
+		p.survival = bad == SURVIVAL ? 77 : KHO__IMAGE__SURVIVAL__SURVIVAL_MUST;
+		p.restore_failure = bad == RESTORE ? 77 : KHO__IMAGE__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
+		w.policy = &p;
 		w.name = (char *)(bad == NAME ? "../x" : "vm1");
 		w.unit = (char *)(bad == UNIT ? "a\033[31m" : "u.service");
 		w.keep = bad == KEEP ? 77 : KHO__IMAGE__KEEP_MODE__KEEP_HOLD;

@@ -71,6 +71,143 @@ int kho_client_register(struct kho_client *client, const char *name,
 			const struct kho_client_file *files, size_t n_files, const void *secret,
 			size_t secret_size, struct kho_error **err);
 
+enum kho_keep {
+	KHO_KEEP_HOLD = 0,
+	KHO_KEEP_LEASE = 1,
+};
+
+/**
+ * struct kho_policy - what a client asks for when it registers; all 0: as kho_client_register()
+ * @keep: KHO_KEEP_HOLD: preserved from the answer on, whatever becomes of the client.
+ *	KHO_KEEP_LEASE: mappings and attachments can be changed, only memfds must keep their
+ *	size; all is preserved when a handover is prepared. Until then the lease ends with the
+ *	connection, or with khod: khod drops its descriptors, the client has its own
+ * @prepare: ask on this connection before a handover (kho_client_event()); a lease is always
+ *	asked
+ * @survival: what becomes of a handover for which the workload is not ready
+ * @restore_failure: what becomes of devices that cannot be restored in the next kernel
+ * @prepare_msec: how long kho_client_ready() may be waited for, at most 60000; 0: 10000. A
+ *	plain systemctl kexec may have to cut it to what logind grants
+ */
+struct kho_policy {
+	enum kho_keep keep;
+	bool prepare;
+	enum kho_survival survival;
+	enum kho_restore_failure restore_failure;
+	uint32_t prepare_msec;
+};
+
+/**
+ * kho_client_register_policy() - as kho_client_register(), with a policy
+ * @policy: borrowed; NULL: the default
+ *
+ * With a lease, or with @policy->prepare, the connection has to be kept, and
+ * kho_client_event() called whenever kho_client_fd() is readable.
+ *
+ * A connection that is lost (-ECONNRESET) means that khod has ended, and the lease with it:
+ * connect and register again. -EEXIST then says that khod had preserved it before: release it
+ * first, which leaves the client's own descriptors as they are.
+ * Return: as kho_client_register(); -EBUSY also while a handover is prepared.
+ */
+int kho_client_register_policy(struct kho_client *client, const char *name,
+			       const struct kho_client_file *files, size_t n_files,
+			       const void *secret, size_t secret_size,
+			       const struct kho_policy *policy, struct kho_error **err);
+
+/** kho_client_fd() - to wait on until it is readable; owned by the client; -1: disconnected */
+int kho_client_fd(const struct kho_client *client);
+
+/**
+ * enum kho_event_kind - what khod tells without being asked
+ * @KHO_EVENT_NONE: nothing
+ * @KHO_EVENT_PREPARE: a handover begins. Change no mapping and no attachment any more, write
+ *	what the next kernel needs into memfds of the workload, and call kho_client_ready() or
+ *	kho_client_veto() in time
+ * @KHO_EVENT_ABORTED: it goes on without the workload, or not at all: all may be changed again
+ */
+enum kho_event_kind {
+	KHO_EVENT_NONE = 0,
+	KHO_EVENT_PREPARE = 1,
+	KHO_EVENT_ABORTED = 2,
+};
+
+/**
+ * struct kho_event - one piece of news
+ * @kind: which
+ * @workload: its name
+ * @handover: number of the handover
+ * @msec: KHO_EVENT_PREPARE: how long the answer may take
+ * @reason: KHO_EVENT_ABORTED: why, one sentence
+ */
+struct kho_event {
+	enum kho_event_kind kind;
+	char workload[KHO_NAME_MAX + 1];
+	uint64_t handover;
+	uint32_t msec;
+	char reason[KHO_REASON_MAX + 1];
+};
+
+/**
+ * kho_client_event() - the next piece of news, also one that came while a call waited
+ * @client: connection
+ * @timeout_msec: how long to wait for one; 0: not at all; -1: for ever
+ * @event: receives it; its kind is KHO_EVENT_NONE if none came in time
+ * @err: error
+ *
+ * Return: 0, -ECONNRESET (khod has ended), -errno.
+ */
+int kho_client_event(struct kho_client *client, int timeout_msec, struct kho_event *event,
+		     struct kho_error **err);
+
+/**
+ * kho_client_ready() - answer KHO_EVENT_PREPARE: nothing will be changed any more
+ * @client: the connection that registered
+ * @event: what is answered
+ * @err: error
+ *
+ * When this returns 0 all of the workload is preserved, and the client may exit.
+ * Return: 0; -ESTALE: that handover is not waited for any more; -errno: it cannot be
+ * preserved, for the reason given. With any error everything may be changed again.
+ */
+int kho_client_ready(struct kho_client *client, const struct kho_event *event,
+		     struct kho_error **err);
+/**
+ * kho_client_veto() - answer KHO_EVENT_PREPARE: not now
+ * @client: the connection that registered
+ * @event: what is answered
+ * @reason: one sentence for the operator; what is not printable ASCII is replaced
+ * @err: error
+ *
+ * Return: 0, -ESTALE, -errno.
+ */
+int kho_client_veto(struct kho_client *client, const struct kho_event *event, const char *reason,
+		    struct kho_error **err);
+
+/**
+ * kho_client_preserve() - prepare a handover, and preserve everything now; for root
+ * @client: connection; what was done is undone if it ends before the answer
+ * @force: go on without workloads that are not ready, whatever their policy
+ * @left_behind: called with the name of each workload that is left behind, and why; may be NULL
+ * @userdata: for @left_behind
+ * @err: error
+ *
+ * Return: how many workloads the next kexec carries. -EBUSY: a handover is being prepared
+ * already. -ECANCELED: @err names the workload that is not ready and the reason; everything
+ * is as before.
+ */
+int kho_client_preserve(struct kho_client *client, bool force,
+			void (*left_behind)(const char *name, const char *reason, void *userdata),
+			void *userdata, struct kho_error **err);
+/**
+ * kho_client_abort() - undo kho_client_preserve(), or break it off; for root
+ * @client: connection
+ * @err: error
+ *
+ * What has nothing to undo is a success. Workloads without a client stay preserved.
+ * Return: 0, -errno.
+ */
+int kho_client_abort(struct kho_client *client, struct kho_error **err);
+
 /** struct kho_claim - descriptors received for a claim, until acknowledged still in custody */
 struct kho_claim;
 
@@ -147,6 +284,7 @@ enum kho_workload_state {
 	KHO_WORKLOAD_CLAIMING = 2,
 	KHO_WORKLOAD_UNREADABLE = 3,
 	KHO_WORKLOAD_FAILED = 4,
+	KHO_WORKLOAD_LEASED = 6,
 };
 /** kho_workload_state_name() - "held" etc.; "unknown" for what this library does not know */
 const char *kho_workload_state_name(enum kho_workload_state state);
@@ -178,6 +316,9 @@ struct kho_workload_file {
  * @handovers: kernels it has been carried into
  * @registered_usec: CLOCK_REALTIME
  * @secret: a claim secret is set
+ * @survival: what it means to a handover
+ * @restore_failure: what becomes of devices that cannot be restored
+ * @prepare: a client is connected that is asked before a handover
  * @n_files: files in it
  * @bytes: sum of their sizes
  * @files: @n_files of them; NULL unless from kho_client_show()
@@ -194,6 +335,9 @@ struct kho_workload {
 	uint32_t handovers;
 	uint64_t registered_usec;
 	bool secret;
+	enum kho_survival survival;
+	enum kho_restore_failure restore_failure;
+	bool prepare;
 	size_t n_files;
 	uint64_t bytes;
 	const struct kho_workload_file *files;

@@ -54,6 +54,24 @@ enum kho_outcome {
 	KHO_OUTCOME_QUIESCED = 2,
 };
 
+/**
+ * enum kho_survival - what a workload means to a handover
+ * @KHO_SURVIVAL_MUST: nobody is handed over without it
+ * @KHO_SURVIVAL_BEST_EFFORT: a handover goes on without it
+ */
+enum kho_survival {
+	KHO_SURVIVAL_MUST = 0,
+	KHO_SURVIVAL_BEST_EFFORT = 1,
+};
+
+/**
+ * enum kho_restore_failure - what becomes of devices that cannot be restored in the next kernel
+ * @KHO_RESTORE_FAILURE_QUIESCE: they are stopped, the memory is kept
+ */
+enum kho_restore_failure {
+	KHO_RESTORE_FAILURE_QUIESCE = 0,
+};
+
 /** kho_file_kind_name() - "memfd" etc.; NULL for an unknown kind; static */
 const char *kho_file_kind_name(enum kho_file_kind kind);
 
@@ -162,6 +180,11 @@ void kho_image_set_outcome(struct kho_image *image, enum kho_outcome outcome, co
 /** kho_image_drop_devices() - only the memfds are left: no iommufd, no device, no graph */
 void kho_image_drop_devices(struct kho_image *image);
 
+/** kho_image_survival() - what its client asked for when it registered, as the next one */
+enum kho_survival kho_image_survival(const struct kho_image *image);
+enum kho_restore_failure kho_image_restore_failure(const struct kho_image *image);
+void kho_image_set_policy(struct kho_image *image, enum kho_survival survival,
+			  enum kho_restore_failure restore_failure);
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers);
 void kho_image_set_registered_usec(struct kho_image *image, uint64_t usec);
 
