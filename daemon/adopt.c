@@ -862,7 +862,7 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 		if (r > 0) {
 			workload_free(k, g->w);
 			log_event(LOG_NOTICE, MSG_DISCARDED, name,
-				  "An unfinished registration of %s was discarded: its client has had no answer.",
+				  "What an unfinished registration, or a lease, of %s had preserved was discarded: its client still has all.",
 				  name);
 		}
 		free(g->transits);

@@ -61,6 +61,15 @@
 	  "image preserved in the new session: the workload is committed")                         \
 	X(START_INCOMING_TRANSIT_REMOVED, "start-incoming-transit-removed", "start-incoming",      \
 	  "image or one file itself out of the fd store again")                                    \
+	X(HANDOVER_ASKED, "handover-asked", "handover", "a client asked to be ready")               \
+	X(HANDOVER_READY, "handover-ready", "handover", "a client is ready, nothing done")          \
+	X(HANDOVER_PRESERVED, "handover-preserved", "handover",                                     \
+	  "a lease committed, its client not answered")                                            \
+	X(HANDOVER_DONE, "handover-done", "handover", "all answered, but for who asked for it")     \
+	X(ABORT_BEGIN, "abort-begin", "abort", "handover given up, nothing undone")                 \
+	X(ABORT_REMOVED, "abort-removed", "abort", "session of a lease out of the fd store")        \
+	X(ABORT_CLOSED, "abort-closed", "abort", "session closed: nothing of the lease is preserved") \
+	X(ABORT_UNDONE, "abort-undone", "abort", "memory of the lease preserved again")             \
 	X(CLAIM_SENT, "claim-sent", "claim", "descriptors sent")                                   \
 	X(CLAIM_ACKED, "claim-acked", "claim", "acknowledgement received")                         \
 	X(CLAIM_REMOVED, "claim-removed", "claim", "session out of the fd store")                  \

@@ -19,10 +19,11 @@
 #define CALL_USEC (10 * 1000000ULL)
 
 /* One that has failed, whether or not a client is about to claim it. */
-static const struct workload *obstacle(const struct khod *k)
+const struct workload *inhibit_obstacle(const struct khod *k)
 {
 	for (const struct workload *w = k->workloads; w; w = w->next)
-		if (w->state == WORKLOAD_FAILED || (w->state == WORKLOAD_CLAIMING && w->reason))
+		if ((w->state == WORKLOAD_FAILED || (w->state == WORKLOAD_CLAIMING && w->reason)) &&
+		    workload_must(w))
 			return w;
 	return NULL;
 }
@@ -52,7 +53,7 @@ static void retry(struct khod *k)
 
 static int on_answer(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
-	const struct workload *w = obstacle(userdata);
+	const struct workload *w = inhibit_obstacle(userdata);
 	struct khod *k = userdata;
 	int fd, r;
 
@@ -90,7 +91,7 @@ static int ask(struct khod *k, const struct workload *w)
 
 void inhibit_update(struct khod *k)
 {
-	const struct workload *w = obstacle(k);
+	const struct workload *w = inhibit_obstacle(k);
 
 	if (!w) {
 		if (k->inhibit.fd >= 0)

@@ -284,6 +284,7 @@ out:
 	}
 	kho_error_free(err);
 	server_stop(&k);
+	handover_stop(&k);
 	inhibit_stop(&k);
 	while (k.workloads)
 		workload_free(&k, k.workloads);

@@ -30,12 +30,23 @@
 #define DEADLINE_REGISTER 30
 #define DEADLINE_ACK 900	/* a client may write much memory to a disk first; one that dies hangs up */
 #define DEADLINE_IDLE 300
+/* How long a workload's client may take to be ready, in milliseconds. */
+#define PREPARE_MSEC 10000
+#define PREPARE_MSEC_MAX 60000
 
 enum workload_state {
 	WORKLOAD_HELD,		/* committed in an outgoing session */
 	WORKLOAD_CLAIMING,	/* descriptors sent, not acknowledged yet */
 	WORKLOAD_UNREADABLE,	/* held, but image and files come back only after a kexec */
 	WORKLOAD_FAILED,	/* see reason */
+	WORKLOAD_LEASED,	/* memory preserved, not committed: ends with its client's connection */
+};
+
+/* Where a workload stands in the handover (handover.c). */
+enum prepare {
+	PREPARE_NONE,
+	PREPARE_ASKED,
+	PREPARE_READY,		/* preserved, and its client knows */
 };
 
 /* One descriptor of ours in systemd's store. */
@@ -52,6 +63,11 @@ struct stored {
  * @session: its session, outgoing, owned; -1 if none
  * @state: where it stands
  * @reason: for a failed one: why; for others NULL
+ * @lease: as long as @client is there it is preserved for a handover only
+ * @client: connection that is asked before a handover, NULL if none
+ * @prepare: what its client has answered
+ * @prepare_msec: how long it may take to answer
+ * @deadline: while it is asked: until when, CLOCK_MONOTONIC
  * @image: what is known; NULL if it cannot be read
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
  * @stored: everything of this workload in the fd store
@@ -64,6 +80,11 @@ struct workload {
 	int session;
 	enum workload_state state;
 	char *reason;
+	bool lease;
+	struct connection *client;
+	enum prepare prepare;
+	uint32_t prepare_msec;
+	uint64_t deadline;
 	struct kho_image *image;
 	int *fds;
 	struct stored *stored;
@@ -77,6 +98,44 @@ struct passed {
 };
 
 struct connection;
+struct khod;
+
+/* A workload that a handover goes on without. */
+struct left_behind {
+	char name[KHO_NAME_MAX + 1];
+	char *reason;
+};
+
+/**
+ * handover_done_t - everything is preserved, or it is not and all is as before
+ * @r: 0, or -errno; then @object and @reason say what was in the way
+ *
+ * What is left behind is in khod->handover until the next one begins.
+ */
+typedef void (*handover_done_t)(struct khod *k, void *userdata, int r, const char *object,
+				const char *reason);
+
+/**
+ * struct handover - see handover.c
+ * @number: of the last one
+ * @asking: clients are being waited for
+ * @force: who is not ready is left behind, whatever its policy
+ * @done: who wants to know
+ * @userdata: for @done; also its identity
+ * @timer: the next deadline
+ * @left: left behind
+ * @n_left: how many
+ */
+struct handover {
+	uint64_t number;
+	bool asking;
+	bool force;
+	handover_done_t done;
+	void *userdata;
+	sd_event_source *timer;
+	struct left_behind *left;
+	size_t n_left;
+};
 
 /* The lock by which a kexec is refused, or the question for it. */
 struct inhibit {
@@ -91,6 +150,7 @@ struct khod {
 	sd_event *event;
 	struct fdstore fdstore;
 	struct inhibit inhibit;
+	struct handover handover;
 	struct workload *workloads;
 	struct connection *connections;
 	unsigned int n_connections;
@@ -119,16 +179,39 @@ size_t workload_n_files(const struct workload *w);
 uint64_t workload_bytes(const struct workload *w);
 const char *workload_reason(const struct workload *w);
 
+/* What a client registers. */
+struct registration {
+	const char *name;
+	const void *secret;
+	size_t secret_size;
+	bool lease;
+	bool prepare;		/* ask its client before a handover; a lease: always */
+	enum kho_survival survival;
+	enum kho_restore_failure restore_failure;
+	uint32_t prepare_msec;
+	char *const *names;	/* one per file */
+	const int *fds;		/* borrowed */
+	size_t n;
+};
+
+/** workload_register() - take files into custody, all or nothing. Return: 0, -errno. */
+int workload_register(struct khod *k, const struct registration *reg, const struct identity *who,
+		      struct workload **ret, struct kho_error **err);
+
 /**
- * workload_register() - take files into custody
- * @names: one per file
- * @fds: borrowed
+ * workload_commit() - preserve all of a leased workload: it is held then
  *
- * All or nothing. Return: 0, -errno.
+ * Return: 0, or -errno: then it is leased as before.
  */
-int workload_register(struct khod *k, const char *name, const struct identity *who,
-		      const void *secret, size_t secret_size, char *const *names, const int *fds,
-		      size_t n, struct workload **ret, struct kho_error **err);
+int workload_commit(struct khod *k, struct workload *w, struct kho_error **err);
+/**
+ * workload_uncommit() - a lease is what it was: nothing but its memory is preserved
+ *
+ * Return: 0, or -errno: then it is held still.
+ */
+int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err);
+/** workload_must() - does a kexec have to wait for it? */
+bool workload_must(const struct workload *w);
 
 /** workload_authorise() - may this client claim or release it? Return: 0, -EPERM. */
 int workload_authorise(const struct workload *w, const struct identity *who, const void *secret,
@@ -144,7 +227,7 @@ bool workload_visible(const struct workload *w, const struct identity *who);
  */
 int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho_error **err);
 
-enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED };
+enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED, CUSTODY_LEASE_ENDED };
 /**
  * workload_end() - custody ends: out of the fd store, unpreserved, forgotten
  *
@@ -205,6 +288,8 @@ int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_
 /** session_parse() - is @session one of ours? then the workload's name and the origin */
 bool session_parse(const char *session, char name[KHO_NAME_MAX + 1], char *origin);
 void session_fdname(const char *session, char fdname[FDSTORE_NAME_MAX]);
+/** session_open() - an outgoing session for the workload, in the fd store */
+int session_open(struct khod *k, struct workload *w, struct kho_error **err);
 /** image_commit() - write the image and preserve it: the last step of both */
 int image_commit(struct khod *k, struct kho_image *image, int session, struct kho_error **err);
 /** khod_busy() - tell the watchdog that @bytes are about to be pinned or copied */
@@ -214,11 +299,45 @@ void khod_idle(struct khod *k);
 void khod_status_line(struct khod *k);
 
 /* inhibit.c */
-/** inhibit_update() - have a kexec refused if a workload has failed, and only then */
+/** inhibit_obstacle() - a workload that must survive and would not survive a kexec; NULL: none */
+const struct workload *inhibit_obstacle(const struct khod *k);
+/** inhibit_update() - have a kexec refused if there is one, and only then */
 void inhibit_update(struct khod *k);
 void inhibit_stop(struct khod *k);
 
+/* handover.c */
+/**
+ * handover_begin() - ask every workload that has a client, preserve those that are ready
+ * @limit_msec: none may take longer; 0: no limit
+ * @force: leave behind who is not ready, whatever its policy
+ * @done: called once, perhaps before this returns, but not if this fails
+ *
+ * Return: 0, -EBUSY (there is one already).
+ */
+int handover_begin(struct khod *k, uint32_t limit_msec, bool force, handover_done_t done,
+		   void *userdata, struct kho_error **err);
+/** handover_abort() - everything is as before. Return: 0, -errno (not everything). */
+int handover_abort(struct khod *k, const char *reason, struct kho_error **err);
+/** handover_forget() - if @userdata waits for the handover: it has gone, so abort it */
+void handover_forget(struct khod *k, const void *userdata);
+/** handover_ready() - its client has changed the last thing. Return: 0 (preserved), -ESTALE, -errno. */
+int handover_ready(struct khod *k, struct workload *w, uint64_t number, struct kho_error **err);
+/** handover_veto() - @reason: printable. Return: 0, -ESTALE. */
+int handover_veto(struct khod *k, struct workload *w, uint64_t number, const char *reason,
+		  struct kho_error **err);
+/** handover_client_gone() - the connection of @w->client ends; a lease with it: @w may be freed */
+void handover_client_gone(struct khod *k, struct workload *w);
+/** handover_step() - after any of these two, or the end of a workload: is it complete? */
+void handover_step(struct khod *k);
+void handover_stop(struct khod *k);
+
 /* server.c */
+/** server_prepare() - ask a client. Return: 0, -errno: it cannot be reached. */
+int server_prepare(struct connection *c, const struct workload *w, uint64_t number,
+		   uint32_t msec);
+/** server_aborted() - tell a client, if it can be reached */
+void server_aborted(struct connection *c, const struct workload *w, uint64_t number,
+		    const char *reason);
 int server_start(struct khod *k, struct kho_error **err);
 void server_stop(struct khod *k);
 

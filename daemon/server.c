@@ -28,6 +28,7 @@
 #endif
 
 #define QUEUE_MAX 64		/* packets waiting for a client that does not read */
+#define VETO_MAX 200		/* bytes of a reason that are kept */
 #define REPLY_SOFT_MAX 32768	/* bytes in one packet of a list */
 
 struct packet {
@@ -41,6 +42,7 @@ struct packet {
 /* A registration that comes in more than one packet. */
 struct pending {
 	char name[KHO_NAME_MAX + 1];
+	struct registration reg;	/* without what is below */
 	uint8_t secret[KHO_SECRET_MAX];
 	size_t secret_size;
 	char **names;
@@ -57,6 +59,8 @@ struct connection {
 	bool closing;		/* when the queue is empty */
 	struct workload *claiming;
 	enum workload_state claiming_from;
+	bool preserving;	/* waits for the answer to Preserve */
+	uint64_t preserve_serial;
 	struct pending *pending;
 	struct packet *queue, **queue_tail;
 	unsigned int n_queue;
@@ -111,6 +115,13 @@ static void connection_free(struct connection *c)
 			break;
 		}
 	claim_abandon(c);
+	if (c->preserving)
+		handover_forget(k, c);
+	for (struct workload *w = k->workloads, *next; w; w = next) {
+		next = w->next;
+		if (w->client == c)
+			handover_client_gone(k, w);
+	}
 	pending_free(k, c->pending);
 	while (c->queue) {
 		struct packet *p = c->queue;
@@ -122,6 +133,19 @@ static void connection_free(struct connection *c)
 	sd_event_source_disable_unref(c->timer);
 	kho_close(k->kho, c->fd);
 	free(c);
+}
+
+/* Nothing has to come from it for now. */
+static bool may_be_silent(const struct connection *c)
+{
+	if (!c->hello || c->claiming || c->pending || c->closing || c->queue)
+		return false;
+	if (c->preserving)
+		return true;
+	for (const struct workload *w = c->k->workloads; w; w = w->next)
+		if (w->client == c)
+			return true;
+	return false;
 }
 
 static void deadline(struct connection *c)
@@ -136,7 +160,8 @@ static void deadline(struct connection *c)
 		return;
 	c->deadline = sec;
 	(void)sd_event_source_set_time_relative(c->timer, sec * 1000000ULL);
-	(void)sd_event_source_set_enabled(c->timer, SD_EVENT_ONESHOT);
+	(void)sd_event_source_set_enabled(c->timer, may_be_silent(c) ? SD_EVENT_OFF :
+								       SD_EVENT_ONESHOT);
 }
 
 /* -EAGAIN: the rest waits for EPOLLOUT. Other errors: the peer has gone. */
@@ -200,6 +225,23 @@ static int reply(struct connection *c, uint64_t serial, Kho__Control__Reply *a, 
 	return r == -EAGAIN ? 0 : r;
 }
 
+/* Let the event loop send what could not be sent at once; for what is said unasked. */
+static void wait_for_reader(struct connection *c)
+{
+	(void)sd_event_source_set_io_events(c->io, c->queue ? EPOLLOUT : EPOLLIN);
+	deadline(c);
+}
+
+/* What nobody has asked for. */
+static int tell(struct connection *c, Kho__Control__Reply *a)
+{
+	int r = c->closing ? -ENOTCONN : reply(c, 0, a, NULL, 0);
+
+	if (r >= 0)
+		wait_for_reader(c);
+	return r;
+}
+
 static int reply_error(struct connection *c, uint64_t serial, int errnum, const char *object,
 		       const char *reason, bool fatal)
 {
@@ -223,12 +265,12 @@ static int reply_refusal(struct connection *c, uint64_t serial, const char *what
 {
 	_cleanup_free_ char *text = NULL;
 	const char *object = kho_error_object(*err), *reason;
-	bool valid = kho_name_valid(workload);
+	bool valid = workload && kho_name_valid(workload);
 
 	text = kho_error_format(*err, r);
 	reason = text ? text : strerror(-r);
 	log_limited(valid ? workload : NULL, "Refused to %s %s for uid %u%s%s: %s.", what,
-		    valid ? workload : "(a workload with an invalid name)",
+		    valid ? workload : workload ? "(a workload with an invalid name)" : "everything",
 		    (unsigned int)c->who.uid, c->who.unit[0] ? ", unit " : "", c->who.unit,
 		    strerror(-r));
 	/* The object has a field of its own; do not say it twice. */
@@ -304,6 +346,26 @@ static int pending_append(struct pending *p, const Kho__Control__Register *q, in
 	return 0;
 }
 
+static int take_policy(const Kho__Control__Policy *p, struct registration *reg)
+{
+	static const Kho__Control__Policy none = KHO__CONTROL__POLICY__INIT;
+
+	if (!p)
+		p = &none;
+	if ((unsigned int)p->keep > KHO__CONTROL__KEEP_MODE__KEEP_LEASE ||
+	    (unsigned int)p->survival > KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ||
+	    (unsigned int)p->restore_failure > KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE ||
+	    p->prepare_msec > PREPARE_MSEC_MAX)
+		return -EOPNOTSUPP;
+	reg->lease = p->keep == KHO__CONTROL__KEEP_MODE__KEEP_LEASE;
+	reg->prepare = p->prepare || reg->lease;
+	reg->survival = p->survival == KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ?
+				KHO_SURVIVAL_BEST_EFFORT : KHO_SURVIVAL_MUST;
+	reg->restore_failure = KHO_RESTORE_FAILURE_QUIESCE;
+	reg->prepare_msec = p->prepare_msec ? p->prepare_msec : PREPARE_MSEC;
+	return 0;
+}
+
 static int on_register(struct connection *c, uint64_t serial, const Kho__Control__Register *q,
 		       int *fds, size_t *n_fds)
 {
@@ -321,9 +383,9 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		p = c->pending = calloc(1, sizeof(*p));
 		if (!p)
 			return reply_error(c, serial, ENOMEM, "khod", "out of memory", true);
-		if (q->policy && q->policy->keep != KHO__CONTROL__KEEP_MODE__KEEP_UNSPECIFIED &&
-		    q->policy->keep != KHO__CONTROL__KEEP_MODE__KEEP_HOLD)
-			return garbage(c, serial, EOPNOTSUPP, "REGISTER asks for a keep mode that this khod does not know");
+		r = take_policy(q->policy, &p->reg);
+		if (r < 0)
+			return garbage(c, serial, EOPNOTSUPP, "REGISTER asks for a policy that this khod does not know");
 		if (q->claim_secret.len > 0 && (q->claim_secret.len < KHO_SECRET_MIN ||
 						q->claim_secret.len > KHO_SECRET_MAX))
 			return garbage(c, serial, EINVAL, "a claim secret has 16 to 64 bytes");
@@ -343,11 +405,17 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 	if (q->more)
 		return 0;
 
-	r = workload_register(c->k, p->name, &c->who, p->secret, p->secret_size, p->names, p->fds,
-			      p->n, &w, &err);
+	p->reg.name = p->name;
+	p->reg.secret = p->secret;
+	p->reg.secret_size = p->secret_size;
+	p->reg.names = p->names;
+	p->reg.fds = p->fds;
+	p->reg.n = p->n;
+	r = workload_register(c->k, &p->reg, &c->who, &w, &err);
 	if (r < 0) {
 		r = reply_refusal(c, serial, "register", p->name, r, &err);
 	} else {
+		w->client = p->reg.prepare ? c : NULL;
 		done.name = w->name;
 		done.files = workload_n_files(w);
 		done.session = w->session_name;
@@ -557,7 +625,173 @@ static int on_release(struct connection *c, uint64_t serial, const Kho__Control_
 		return reply_refusal(c, serial, "release", name, r, &err);
 	r = reply_done(c, serial);
 	FAULT(RELEASE_ANSWERED);
+	handover_step(c->k);
 	return r;
+}
+
+int server_prepare(struct connection *c, const struct workload *w, uint64_t number,
+		   uint32_t msec)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__Prepare p = KHO__CONTROL__PREPARE__INIT;
+
+	p.name = (char *)w->name;
+	p.handover = number;
+	p.msec = msec;
+	a.body_case = KHO__CONTROL__REPLY__BODY_PREPARE;
+	a.prepare = &p;
+	return tell(c, &a);
+}
+
+void server_aborted(struct connection *c, const struct workload *w, uint64_t number,
+		    const char *reason)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__Aborted p = KHO__CONTROL__ABORTED__INIT;
+
+	p.name = (char *)w->name;
+	p.handover = number;
+	p.reason = (char *)reason;
+	a.body_case = KHO__CONTROL__REPLY__BODY_ABORTED;
+	a.aborted = &p;
+	(void)tell(c, &a);
+}
+
+/* A workload for which this very connection is asked, or a refusal already sent and NULL. */
+static struct workload *find_own(struct connection *c, uint64_t serial, const char *what,
+				 const char *name, int *ret)
+{
+	struct workload *w = kho_name_valid(name) ? workload_find(c->k, name) : NULL;
+	struct kho_error *err = NULL;
+	int r;
+
+	if (w && w->client == c)
+		return w;
+	/* No word on whether there is one: that is its owner's business. */
+	r = kho_error_new(&err, EPERM, kho_name_valid(name) ? name : "workload",
+			  "this connection has registered no workload of that name that is asked before a handover");
+	*ret = reply_refusal(c, serial, what, name, r, &err);
+	return NULL;
+}
+
+static int on_ready(struct connection *c, uint64_t serial, const Kho__Control__Ready *q)
+{
+	struct kho_error *err = NULL;
+	struct khod *k = c->k;
+	struct workload *w;
+	int r;
+
+	w = find_own(c, serial, "take READY of", q->name, &r);
+	if (!w)
+		return r;
+	r = handover_ready(k, w, q->handover, &err);
+	r = r < 0 ? reply_refusal(c, serial, "make ready", q->name, r, &err) : reply_done(c, serial);
+	handover_step(k);
+	return r;
+}
+
+static int on_veto(struct connection *c, uint64_t serial, const Kho__Control__Veto *q)
+{
+	char reason[VETO_MAX + 1];
+	struct kho_error *err = NULL;
+	struct khod *k = c->k;
+	struct workload *w;
+	int r;
+
+	w = find_own(c, serial, "take VETO of", q->name, &r);
+	if (!w)
+		return r;
+	/* It goes to terminals and into the journal. */
+	snprintf(reason, sizeof(reason), "%s", q->reason[0] ? q->reason : "no reason given");
+	for (char *p = reason; *p; p++)
+		if (*p < 0x20 || *p > 0x7e)
+			*p = '?';
+	r = handover_veto(k, w, q->handover, reason, &err);
+	r = r < 0 ? reply_refusal(c, serial, "take VETO of", q->name, r, &err) : reply_done(c, serial);
+	handover_step(k);
+	return r;
+}
+
+/* The answer to Preserve. */
+static void on_prepared(struct khod *k, void *userdata, int r, const char *object,
+			const char *reason)
+{
+	_cleanup_free_ Kho__Control__LeftBehind *left = NULL;
+	_cleanup_free_ Kho__Control__LeftBehind **leftp = NULL;
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__PreserveReply body = KHO__CONTROL__PRESERVE_REPLY__INIT;
+	struct handover *h = &k->handover;
+	struct connection *c = userdata;
+
+	c->preserving = false;
+	if (r < 0) {
+		(void)reply_error(c, c->preserve_serial, -r, object, reason, false);
+		goto out;
+	}
+	left = calloc(h->n_left + 1, sizeof(*left));
+	leftp = calloc(h->n_left + 1, sizeof(*leftp));
+	for (size_t i = 0; left && leftp && i < h->n_left; i++) {
+		kho__control__left_behind__init(&left[i]);
+		left[i].name = h->left[i].name;
+		left[i].reason = h->left[i].reason;
+		leftp[body.n_left_behind++] = &left[i];
+	}
+	for (const struct workload *w = k->workloads; w; w = w->next)
+		body.workloads += w->state == WORKLOAD_HELD || w->state == WORKLOAD_UNREADABLE;
+	body.left_behind = leftp;
+	a.body_case = KHO__CONTROL__REPLY__BODY_PRESERVED;
+	a.preserved = &body;
+	(void)reply(c, c->preserve_serial, &a, NULL, 0);
+out:
+	wait_for_reader(c);
+}
+
+/* Only root: it concerns everybody. Return: whether a refusal has been sent. */
+static bool refuse_user(struct connection *c, uint64_t serial, const char *what, int *ret)
+{
+	struct kho_error *err = NULL;
+
+	if (c->who.uid == 0)
+		return false;
+	*ret = reply_refusal(c, serial, what, NULL,
+			     kho_error_new(&err, EPERM, "handover", "only root may begin one or give it up"),
+			     &err);
+	return true;
+}
+
+static int on_preserve(struct connection *c, uint64_t serial, const Kho__Control__Preserve *q)
+{
+	struct kho_error *err = NULL;
+	const struct workload *w;
+	int r;
+
+	if (refuse_user(c, serial, "preserve", &r))
+		return r;
+	w = inhibit_obstacle(c->k);
+	if (w && !q->force) {
+		r = kho_error_new(&err, ECANCELED, w->name, "would be lost: %s", workload_reason(w));
+		return reply_refusal(c, serial, "preserve", NULL, r, &err);
+	}
+	/* A second one is refused below, and must not take the serial of the first. */
+	if (!c->preserving)
+		c->preserve_serial = serial;
+	c->preserving = true;
+	r = handover_begin(c->k, 0, q->force, on_prepared, c, &err);
+	if (r >= 0)
+		return 0;
+	c->preserving = c->k->handover.asking && c->k->handover.userdata == c;
+	return reply_refusal(c, serial, "preserve", NULL, r, &err);
+}
+
+static int on_abort(struct connection *c, uint64_t serial)
+{
+	struct kho_error *err = NULL;
+	int r;
+
+	if (refuse_user(c, serial, "abort", &r))
+		return r;
+	r = handover_abort(c->k, "given up by the operator", &err);
+	return r < 0 ? reply_refusal(c, serial, "undo", NULL, r, &err) : reply_done(c, serial);
 }
 
 static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
@@ -571,6 +805,8 @@ static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_UNREADABLE;
 	case WORKLOAD_FAILED:
 		return KHO__CONTROL__WORKLOAD_STATE__STATE_FAILED;
+	case WORKLOAD_LEASED:
+		return KHO__CONTROL__WORKLOAD_STATE__STATE_LEASED;
 	}
 	return KHO__CONTROL__WORKLOAD_STATE__STATE_UNSPECIFIED;
 }
@@ -584,6 +820,10 @@ static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
 	info->reason = (char *)workload_reason(w);
 	info->outcome = KHO__CONTROL__OUTCOME__OUTCOME_NONE;
 	info->owner_uid = UINT32_MAX;
+	info->prepare = w->client != NULL;
+	info->survival = workload_must(w) ? KHO__CONTROL__SURVIVAL__SURVIVAL_MUST :
+					    KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT;
+	info->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
 	if (w->image) {
 		info->owner_uid = kho_image_uid(w->image);
 		info->unit = (char *)kho_image_unit(w->image);
@@ -733,6 +973,14 @@ static int dispatch(struct connection *c, const Kho__Control__Request *q, int *f
 		return on_show(c, serial, q->show);
 	case KHO__CONTROL__REQUEST__BODY_STATUS:
 		return on_status(c, serial);
+	case KHO__CONTROL__REQUEST__BODY_READY:
+		return on_ready(c, serial, q->ready);
+	case KHO__CONTROL__REQUEST__BODY_VETO:
+		return on_veto(c, serial, q->veto);
+	case KHO__CONTROL__REQUEST__BODY_PRESERVE:
+		return on_preserve(c, serial, q->preserve);
+	case KHO__CONTROL__REQUEST__BODY_ABORT:
+		return on_abort(c, serial);
 	default:
 		return garbage(c, serial, EOPNOTSUPP, "a message of a kind that this khod does not know");
 	}

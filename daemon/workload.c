@@ -18,6 +18,12 @@
  * descriptor is, khod finds out for itself; what the kernel refuses is passed on by name,
  * with the reason it gives. After a kexec adopt.c restores such a workload.
  *
+ * Lease: only the memfds are preserved when it is registered, which is what takes long; its
+ * mappings can be changed. The rest is done when a handover is prepared (handover.c), and
+ * undone by a new session, as LUO gives up single files of a session only together. A khod
+ * that dies before the commit leaves a session without an image, which the next one discards:
+ * the client, without which there is no lease, has all descriptors, and registers again.
+ *
  * Claim: send descriptors, wait for the acknowledgement, take the session out of the
  * store, close it. Until the acknowledgement nothing has changed; after the session
  * is out of the store its last descriptor is khod's, so dying closes it too.
@@ -291,6 +297,11 @@ static int file_check(struct khod *k, const char *name, int fd, struct kho_image
 	return 0;
 }
 
+bool workload_must(const struct workload *w)
+{
+	return !w->image || kho_image_survival(w->image) == KHO_SURVIVAL_MUST;
+}
+
 static int quota_check(struct khod *k, uid_t uid, size_t n_files, struct kho_error **err)
 {
 	size_t workloads = 0, files = 0;
@@ -329,20 +340,24 @@ static int quota_check_bytes(struct khod *k, const struct kho_image *image, stru
 	return 0;
 }
 
-static int build_image(struct khod *k, const char *name, const struct identity *who,
-		       const void *secret, size_t secret_size, char *const *names,
-		       const int *fds, size_t n, struct kho_image **ret, struct kho_error **err)
+static int build_image(struct khod *k, const struct registration *reg, const struct identity *who,
+		       struct kho_image **ret, struct kho_error **err)
 {
 	_cleanup_image_ struct kho_image *image = NULL;
 	_cleanup_free_ struct stat *st = NULL;
+	const char *name = reg->name;
+	char *const *names = reg->names;
+	const int *fds = reg->fds;
+	size_t n = reg->n;
 	int r;
 
 	r = kho_image_new(&image, name, who->uid, who->unit, err);
 	if (r < 0)
 		return r;
 	kho_image_set_registered_usec(image, now_usec());
-	if (secret_size > 0) {
-		r = kho_image_set_secret(k->kho, image, secret, secret_size, err);
+	kho_image_set_policy(image, reg->survival, reg->restore_failure);
+	if (reg->secret_size > 0) {
+		r = kho_image_set_secret(k->kho, image, reg->secret, reg->secret_size, err);
 		if (r < 0)
 			return r;
 	}
@@ -371,6 +386,26 @@ static int build_image(struct khod *k, const char *name, const struct identity *
 	return 0;
 }
 
+/* Descriptors of khod's own. Return: 0, -errno: then there are none. */
+static int dup_fds(struct khod *k, struct workload *w, const int *fds, size_t n)
+{
+	int r = -ENOMEM;
+
+	w->fds = malloc((n + 1) * sizeof(int));
+	for (size_t i = 0; w->fds && i < n; i++) {
+		r = kho_op(k->kho, fcntl, fds[i], F_DUPFD_CLOEXEC, 3);
+		if (r >= 0) {
+			w->fds[i] = r;
+			continue;
+		}
+		while (i > 0)
+			kho_close(k->kho, w->fds[--i]);
+		free(w->fds);
+		w->fds = NULL;
+	}
+	return w->fds ? 0 : r;
+}
+
 /*
  * Ask a complete session for its image, to learn whether this kernel gives back what
  * is preserved before a kexec. Where it does not, khod keeps descriptors of its own.
@@ -387,17 +422,8 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 	if (r == -EINVAL)
 		k->retrieve_outgoing = false;
 
-	w->fds = calloc(n, sizeof(int));
-	if (!w->fds) {
+	if (dup_fds(k, w, fds, n) < 0)
 		w->state = WORKLOAD_UNREADABLE;
-		return;
-	}
-	for (size_t i = 0; i < n; i++) {
-		r = kho_op(k->kho, fcntl, fds[i], F_DUPFD_CLOEXEC, 3);
-		if (r < 0)
-			w->state = WORKLOAD_UNREADABLE;
-		w->fds[i] = r < 0 ? -1 : r;
-	}
 }
 
 static int preserve_one(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
@@ -426,42 +452,189 @@ static int preserve_one(struct khod *k, struct workload *w, const struct kho_ima
 	return 0;
 }
 
-int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
-		      struct kho_error **err)
+static int preserve_kind(struct khod *k, struct workload *w, const int *fds,
+			 enum kho_file_kind kind, bool again, struct kho_error **err)
 {
-	static const enum kho_file_kind order[] = { KHO_FILE_MEMFD, KHO_FILE_IOMMUFD, KHO_FILE_VFIO };
-	size_t n = workload_n_files(w);
-	int r;
+	for (size_t i = 0; i < workload_n_files(w); i++) {
+		struct kho_image_file f = {};
+		int r;
 
-	for (size_t o = 0; o < ARRAY_SIZE(order); o++) {
-		if (order[o] == KHO_FILE_VFIO && !again && kho_image_has_devices(w->image)) {
-			r = graph_read(k, w->image, fds, err);
-			if (r < 0)
-				return r;
-			FAULT(REGISTER_GRAPH_READ);
-		}
-		for (size_t i = 0; i < n; i++) {
-			struct kho_image_file f = {};
-
-			kho_image_file(w->image, i, &f);
-			if (f.kind != order[o])
-				continue;
-			r = preserve_one(k, w, &f, fds[i], again, err);
-			if (r < 0)
-				return r;
-		}
+		kho_image_file(w->image, i, &f);
+		if (f.kind != kind)
+			continue;
+		r = preserve_one(k, w, &f, fds[i], again, err);
+		if (r < 0)
+			return r;
 	}
 	return 0;
 }
 
-int workload_register(struct khod *k, const char *name, const struct identity *who,
-		      const void *secret, size_t secret_size, char *const *names, const int *fds,
-		      size_t n, struct workload **ret, struct kho_error **err)
+/* What comes after the memory. */
+static int preserve_devices(struct khod *k, struct workload *w, const int *fds, bool again,
+			    struct kho_error **err)
 {
-	_cleanup_image_ struct kho_image *image = NULL;
+	int r = preserve_kind(k, w, fds, KHO_FILE_IOMMUFD, again, err);
+
+	if (r >= 0 && !again && kho_image_has_devices(w->image)) {
+		r = graph_read(k, w->image, fds, err);
+		if (r >= 0)
+			FAULT(REGISTER_GRAPH_READ);
+	}
+	return r < 0 ? r : preserve_kind(k, w, fds, KHO_FILE_VFIO, again, err);
+}
+
+int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
+		      struct kho_error **err)
+{
+	int r = preserve_kind(k, w, fds, KHO_FILE_MEMFD, again, err);
+
+	return r < 0 ? r : preserve_devices(k, w, fds, again, err);
+}
+
+int session_open(struct khod *k, struct workload *w, struct kho_error **err)
+{
 	char fdname[FDSTORE_NAME_MAX];
-	bool stored = false;
-	struct workload *w;
+	int r;
+
+	r = session_new(k, w->name, 'r', w->session_name, err);
+	if (r < 0)
+		return r;
+	w->session = r;
+	FAULT(REGISTER_SESSION_CREATED);
+
+	session_fdname(w->session_name, fdname);
+	r = fdstore_push(&k->fdstore, fdname, w->session, err);
+	if (r >= 0 && workload_add_stored(w, fdname, w->session) < 0) {
+		r = kho_error_new(err, ENOMEM, w->name, "out of memory");
+		(void)fdstore_remove(&k->fdstore, fdname, NULL);
+	}
+	if (r < 0) {
+		w->session = kho_close(k->kho, w->session);
+		return r;
+	}
+	FAULT(REGISTER_SESSION_STORED);
+	return 0;
+}
+
+/* The session with all that is in it goes. Out of the store first: our own is the last then. */
+static int session_discard(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	char fdname[FDSTORE_NAME_MAX];
+	int r;
+
+	if (w->session < 0)
+		return 0;
+	session_fdname(w->session_name, fdname);
+	r = workload_unstore(k, w, fdname, err);
+	if (r < 0)
+		return r;
+	FAULT(ABORT_REMOVED);
+	w->session = kho_close(k->kho, w->session);
+	FAULT(ABORT_CLOSED);
+	return 0;
+}
+
+/* What a lease holds between handovers. */
+static int lease_memory(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r = session_open(k, w, err);
+
+	return r < 0 ? r : preserve_kind(k, w, w->fds, KHO_FILE_MEMFD, false, err);
+}
+
+/*
+ * The same, when a session was just discarded: PID 1 closes what it takes out of its store a
+ * little later, and until then the memory is in that session.
+ */
+static int lease_memory_again(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r = lease_memory(k, w, err);
+
+	for (int try = 0; r == -EBUSY && w->session >= 0 && try < 100; try++) {
+		*err = kho_error_free(*err);
+		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
+		r = preserve_kind(k, w, w->fds, KHO_FILE_MEMFD, true, err);
+	}
+	return r;
+}
+
+int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	_cleanup_error_ struct kho_error *e = NULL;
+	_cleanup_free_ char *text = NULL;
+	int r;
+
+	r = session_discard(k, w, err);
+	if (r < 0)
+		return kho_error_new(err, r, w->name, "is still preserved");
+	w->state = WORKLOAD_LEASED;
+	(void)kho_image_set_graph(w->image, NULL, NULL);
+	r = lease_memory_again(k, w, &e);
+	if (r >= 0) {
+		FAULT(ABORT_UNDONE);
+		return 0;
+	}
+	/* The next handover begins with it. */
+	(void)session_discard(k, w, NULL);
+	text = kho_error_format(e, r);
+	log_event(LOG_WARNING, NULL, w->name, "The memory of %s is not preserved ahead of time: %s.",
+		  w->name, text ? text : strerror(-r));
+	return 0;
+}
+
+int workload_commit(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r = w->session < 0 ? lease_memory(k, w, err) : 0;
+
+	if (r >= 0)
+		r = preserve_devices(k, w, w->fds, false, err);
+	if (r >= 0)
+		r = image_commit(k, w->image, w->session, err);
+	khod_idle(k);
+	if (r < 0) {
+		(void)workload_uncommit(k, w, NULL);
+		return r;
+	}
+	FAULT(REGISTER_IMAGE_PRESERVED);
+	w->state = WORKLOAD_HELD;
+	khod_status_line(k);
+	return 0;
+}
+
+/* Preserved now, or for a lease: as much of it as there is between handovers. */
+static int take(struct khod *k, struct workload *w, const struct registration *reg,
+		struct kho_error **err)
+{
+	int r;
+
+	if (reg->lease) {
+		r = dup_fds(k, w, reg->fds, reg->n);
+		if (r < 0)
+			return kho_error_new(err, r, w->name, "%s", strerror(-r));
+		r = lease_memory(k, w, err);
+		if (r < 0)
+			return r;
+		w->state = WORKLOAD_LEASED;
+		w->lease = true;
+		return 0;
+	}
+	r = session_open(k, w, err);
+	if (r >= 0)
+		r = workload_preserve(k, w, reg->fds, false, err);
+	if (r >= 0)
+		r = image_commit(k, w->image, w->session, err);
+	if (r < 0)
+		return r;
+	FAULT(REGISTER_IMAGE_PRESERVED);
+	w->state = WORKLOAD_HELD;
+	keep_fds(k, w, reg->fds, reg->n);
+	return 0;
+}
+
+static int register_check(struct khod *k, const struct registration *reg,
+			  const struct identity *who, struct kho_error **err)
+{
+	const char *name = reg->name;
 	int r;
 
 	if (!kho_name_valid(name))
@@ -471,25 +644,42 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 	if (workload_find(k, name))
 		return kho_error_new(err, EEXIST, name,
 				     "the name is in use: claim or release that workload, or choose another name");
-	if (n == 0)
+	if (reg->n == 0)
 		return kho_error_new(err, EINVAL, name, "a workload needs at least one file");
 	if (k->luo_reason)
 		return kho_error_new(err, EOPNOTSUPP, name, "%s", k->luo_reason);
 	if (!k->fdstore.available)
 		return kho_error_new(err, ENODEV, name,
 				     "khod has no fd store, so it could not hold anything over a crash: run it as khod.service");
-	r = quota_check(k, who->uid, n, err);
+	/* Nobody would ask it any more. */
+	if (k->handover.asking && (reg->lease || reg->prepare))
+		return kho_error_new(err, EBUSY, name,
+				     "a handover is being prepared just now: try again when it has been given up, or in the next kernel");
+	r = quota_check(k, who->uid, reg->n, err);
 	if (r < 0)
 		return r;
 	/*
 	 * In the next kernel every file is in the store for a moment, both sessions, the image,
 	 * and the one without devices, should these have to be given up.
 	 */
-	if (k->fdstore.used + n + 4 > k->fdstore.max)
+	if (k->fdstore.used + reg->n + 4 > k->fdstore.max)
 		return kho_error_new(err, ENOSPC, name,
 				     "systemd's fd store has no room for it (%u of %u places taken): raise FileDescriptorStoreMax= of khod.service",
 				     k->fdstore.used, k->fdstore.max);
-	r = build_image(k, name, who, secret, secret_size, names, fds, n, &image, err);
+	return 0;
+}
+
+int workload_register(struct khod *k, const struct registration *reg, const struct identity *who,
+		      struct workload **ret, struct kho_error **err)
+{
+	_cleanup_image_ struct kho_image *image = NULL;
+	const char *name = reg->name;
+	struct workload *w;
+	int r;
+
+	r = register_check(k, reg, who, err);
+	if (r >= 0)
+		r = build_image(k, reg, who, &image, err);
 	if (r >= 0)
 		r = quota_check_bytes(k, image, err);
 	if (r < 0)
@@ -499,55 +689,27 @@ int workload_register(struct khod *k, const char *name, const struct identity *w
 	if (!w)
 		return kho_error_new(err, ENOMEM, name, "out of memory");
 	w->image = TAKE_PTR(image);
+	w->prepare_msec = reg->prepare_msec;
 	FAULT(REGISTER_BEGIN);
-
-	w->session = session_new(k, name, 'r', w->session_name, err);
-	if (w->session < 0) {
-		r = w->session;
-		w->session = -1;
-		goto fail;
-	}
-	FAULT(REGISTER_SESSION_CREATED);
-
-	session_fdname(w->session_name, fdname);
-	r = workload_add_stored(w, fdname, w->session);
-	if (r < 0) {
-		kho_error_new(err, r, name, "out of memory");
-		goto fail;
-	}
-	r = fdstore_push(&k->fdstore, fdname, w->session, err);
-	if (r < 0)
-		goto fail;
-	stored = true;
-	FAULT(REGISTER_SESSION_STORED);
-
-	r = workload_preserve(k, w, fds, false, err);
-	if (r < 0)
-		goto fail;
-
-	r = image_commit(k, w->image, w->session, err);
-	if (r < 0)
-		goto fail;
-	FAULT(REGISTER_IMAGE_PRESERVED);
-
-	w->state = WORKLOAD_HELD;
-	keep_fds(k, w, fds, n);
+	r = take(k, w, reg, err);
 	khod_idle(k);
+	if (r < 0)
+		goto fail;
 	khod_status_line(k);
 	log_event(LOG_INFO, MSG_REGISTERED, name,
-		  "Workload %s registered by uid %u%s%s: %zu files, %" PRIu64 " bytes, session %s.",
-		  name, (unsigned int)who->uid, who->unit[0] ? ", unit " : "", who->unit, n,
-		  workload_bytes(w), w->session_name);
+		  "Workload %s %s by uid %u%s%s: %zu files, %" PRIu64 " bytes, session %s.", name,
+		  reg->lease ? "leased" : "registered", (unsigned int)who->uid,
+		  who->unit[0] ? ", unit " : "", who->unit, reg->n, workload_bytes(w),
+		  w->session_name);
 	*ret = w;
 	return 0;
 
 fail:
 	/* Out of the store first: closing our own then unpreserves everything in it. */
-	if (stored && fdstore_remove(&k->fdstore, fdname, NULL) < 0)
+	if (w->n_stored > 0 && fdstore_remove(&k->fdstore, w->stored[0].fdname, NULL) < 0)
 		log_event(LOG_WARNING, MSG_FAILED, name,
 			  "The remains of the failed registration of %s stay in the fd store until khod is restarted.",
 			  name);
-	khod_idle(k);
 	workload_free(k, w);
 	return r;
 }
@@ -592,6 +754,9 @@ int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho
 	if (w->state == WORKLOAD_CLAIMING)
 		return kho_error_new(err, EBUSY, w->name,
 				     "another client is claiming it; try again when it has finished");
+	if (w->lease && w->client)
+		return kho_error_new(err, EBUSY, w->name,
+				     "it is leased: the client that registered it is connected, and has it");
 	if (w->state == WORKLOAD_UNREADABLE)
 		return kho_error_new(err, EOPNOTSUPP, w->name, "%s", workload_reason(w));
 	if (!w->image || (w->state == WORKLOAD_FAILED && !w->fds))
@@ -651,8 +816,11 @@ int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 	if (how == CUSTODY_CLAIMED)
 		log_event(LOG_INFO, MSG_CLAIMED, name, "Workload %s claimed: it is no longer held.",
 			  name);
-	else
+	else if (how == CUSTODY_RELEASED)
 		log_event(LOG_INFO, MSG_RELEASED, name,
 			  "Workload %s released: it is no longer held.", name);
+	else
+		log_event(LOG_NOTICE, MSG_RELEASED, name,
+			  "The client of %s has gone, and its lease with it.", name);
 	return 0;
 }

@@ -1,28 +1,30 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * A handover in one go. What khod holds is preserved since it was registered, so that all
- * there is to do is to look for obstacles, to load the next kernel, and to leave the rest
- * to systemd.
+ * A handover in one go: look for obstacles, load the next kernel, have everybody ready and
+ * preserved, and leave the rest to systemd. The kernel is loaded first, as that can fail and
+ * disturbs nobody. If systemctl refuses, what was preserved is given back.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <linux/kexec.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "khoctl.h"
 
 static const char help[] =
 	"\n"
-	"Looks for obstacles as preflight does, loads the kernel, and runs systemctl kexec.\n"
-	"With an obstacle nothing is done; exit status 5.\n"
+	"Looks for obstacles as preflight does, loads the kernel, has every workload ready and\n"
+	"preserved as preserve does, and runs systemctl kexec. With an obstacle nothing is done,\n"
+	"and if something is refused it is undone; exit status 5.\n"
 	"\n"
 	"  --kernel FILE     load this kernel (kexec_file_load); without it one must be loaded\n"
 	"                    already, or systemd finds the default one of the boot loader\n"
 	"  --initrd FILE     with this initrd\n"
 	"  --cmdline STRING  and this command line, instead of the running kernel's\n"
-	"  --force           in spite of obstacles: what they name is lost\n"
+	"  --force           in spite of obstacles: what they name is lost; logind is not asked\n"
 	"  --load            load it, and stop there\n";
 
 struct next {
@@ -90,6 +92,29 @@ out:
 	return r;
 }
 
+/* --force: logind, which would not let a kexec pass that loses something, is not asked. */
+static int systemctl_kexec(bool force)
+{
+	int status;
+	pid_t pid;
+
+	fflush(stdout);
+	pid = fork();
+	if (pid < 0)
+		return failed("systemctl", "cannot be run", errno);
+	if (pid == 0) {
+		execlp("systemctl", "systemctl", "kexec", force ? "--force" : (char *)NULL, (char *)NULL);
+		fprintf(stderr, "khoctl: systemctl cannot be run: %s\n", strerror(errno));
+		_exit(EXIT_EXEC);
+	}
+	while (waitpid(pid, &status, 0) < 0)
+		if (errno != EINTR)
+			return failed("systemctl", "cannot be waited for", errno);
+	if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+		return 0;
+	return WIFEXITED(status) && WEXITSTATUS(status) == EXIT_EXEC ? EXIT_EXEC : EXIT_REFUSED;
+}
+
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -140,10 +165,15 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	}
 	if (only_load)
 		return EXIT_SUCCESS;
-	fflush(stdout);
-	execlp("systemctl", "systemctl", "kexec", (char *)NULL);
-	fprintf(stderr, "khoctl: systemctl cannot be run: %s\n", strerror(errno));
-	return EXIT_EXEC;
+	r = khoctl_preserve(ctl, force);
+	if (r > 0 && !force)
+		return r;
+	r = systemctl_kexec(force);
+	if (r > 0) {
+		fprintf(stderr, "khoctl: no kexec, so that what was preserved is given back\n");
+		(void)khoctl_abort(ctl);
+	}
+	return r;
 }
 
 const struct verb verb_kexec = {

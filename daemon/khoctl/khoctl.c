@@ -14,7 +14,7 @@
 static const struct verb *const verbs[] = {
 	&verb_status, &verb_list,    &verb_show,      &verb_register,
 	&verb_claim,  &verb_release, &verb_preflight, &verb_inspect,
-	&verb_kexec,
+	&verb_preserve, &verb_abort, &verb_kexec,
 };
 
 static void usage(FILE *f)
@@ -33,7 +33,7 @@ static void usage(FILE *f)
 	      "  --version        print the version\n"
 	      "\n"
 	      "Exit status: 0 done, 1 refused or failed, 2 wrong usage, 3 khod cannot be reached,\n"
-	      "4 no such workload, 5 preflight found an obstacle. See khoctl(1).\n", f);
+	      "4 no such workload, 5 something is in the way of a handover. See khoctl(1).\n", f);
 }
 
 int khoctl_usage(const struct verb *verb, const char *why)

@@ -15,7 +15,7 @@ enum {
 	EXIT_USAGE = 2,		/* wrong usage */
 	EXIT_NO_KHOD = 3,	/* khod cannot be reached */
 	EXIT_NOT_FOUND = 4,	/* no workload of that name */
-	EXIT_OBSTACLE = 5,	/* preflight or kexec found an obstacle */
+	EXIT_OBSTACLE = 5,	/* preflight, preserve or kexec found an obstacle */
 	EXIT_EXEC = 127,	/* the command of claim, or systemctl, could not be run */
 };
 
@@ -41,7 +41,7 @@ struct verb {
 };
 
 extern const struct verb verb_register, verb_claim, verb_release, verb_list, verb_status,
-	verb_show, verb_inspect, verb_preflight, verb_kexec;
+	verb_show, verb_inspect, verb_preflight, verb_preserve, verb_abort, verb_kexec;
 
 /** khoctl_connect() - connect to khod, or say why not. Return: 0 or an exit code. */
 int khoctl_connect(struct khoctl *ctl, struct kho_client **ret);
@@ -65,6 +65,16 @@ int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, co
  * Return: 0, EXIT_OBSTACLE.
  */
 int khoctl_obstacles(struct khoctl *ctl, const char *kernel);
+/**
+ * khoctl_preserve() - have every workload prepared and preserved
+ * @force: in spite of workloads that are not ready
+ *
+ * What is left behind goes to stderr.
+ * Return: 0, EXIT_OBSTACLE (a workload is not ready, everything is as before), another exit code.
+ */
+int khoctl_preserve(struct khoctl *ctl, bool force);
+/** khoctl_abort() - undo khoctl_preserve(). Return: 0 or an exit code. */
+int khoctl_abort(struct khoctl *ctl);
 /** khoctl_secret() - read a claim secret from a file; owned by the caller. 0 or an exit code. */
 int khoctl_secret(const char *path, void **secret, size_t *size);
 

@@ -20,6 +20,7 @@ static const char help[] =
 	"\n"
 	"  --fd N           register descriptor N instead of a file\n"
 	"  --fd-name X      its name (the file's, or fdN)\n"
+	"  --best-effort    a handover goes on without it if it cannot be carried over\n"
 	"  --secret-file F  whoever knows the 16 to 64 bytes in F may claim it\n"
 	"\n"
 	"Prints the name, the number of files and their size.\n";
@@ -82,6 +83,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	static const struct option options[] = {
 		{ "fd", required_argument, NULL, 'f' },
 		{ "fd-name", required_argument, NULL, 'n' },
+		{ "best-effort", no_argument, NULL, 'b' },
 		{ "secret-file", required_argument, NULL, 's' },
 		{},
 	};
@@ -90,6 +92,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	const char *given[MAX_FDS] = {};
 	size_t n = 0, n_names = 0, secret_size = 0;
 	struct kho_client *client = NULL;
+	struct kho_policy policy = {};
 	struct kho_error *err = NULL;
 	void *secret = NULL;
 	const char *name;
@@ -114,6 +117,9 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			if (n_names == MAX_FDS)
 				return khoctl_usage(&verb_register, "too many --fd-name");
 			given[n_names++] = optarg;
+			break;
+		case 'b':
+			policy.survival = KHO_SURVIVAL_BEST_EFFORT;
 			break;
 		case 's':
 			r = khoctl_secret(optarg, &secret, &secret_size);
@@ -162,7 +168,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;
-	r = kho_client_register(client, name, files, n, secret, secret_size, &err);
+	r = kho_client_register_policy(client, name, files, n, secret, secret_size, &policy, &err);
 	kho_client_free(client);
 	free(secret);
 	if (r == -ECONNRESET)
@@ -177,7 +183,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 
 const struct verb verb_register = {
 	.name = "register",
-	.args = "NAME FILE|--fd N [--fd-name X]",
+	.args = "NAME FILE|--fd N [--fd-name X] [--best-effort]",
 	.summary = "Give a file's contents or descriptors into custody",
 	.help = help,
 	.run = run,

@@ -55,7 +55,8 @@ static int sh(const char *fmt, ...)
 Test(khoctl, usage)
 {
 	static const char *const verbs[] = { "status", "list", "show", "register", "claim",
-					     "release", "preflight", "inspect" };
+					     "release", "preflight", "inspect", "preserve", "abort",
+					     "kexec" };
 
 	must(0, "Usage: khoctl", "K --help");
 	must(2, "Usage: khoctl", "K");
@@ -69,7 +70,23 @@ Test(khoctl, usage)
 	must(2, "not an open descriptor", "K register x --fd 77");
 	must(2, "-o FILE", "K claim x");
 	must(2, "release which", "K release");
+	must(2, "preserve takes no argument", "K preserve x");
+	must(2, "abort takes no argument", "K abort x");
 	must(3, "systemctl start khod.socket", "%s --socket /nonexistent/s list", getenv("KHOCTL"));
+}
+
+Test(khoctl, policies)
+{
+	must(0, "policy      must-survive; if a restore fails: quiesce",
+	     "echo > f; K register vm1 f; K show vm1");
+	must(0, "policy      best-effort; if a restore fails: quiesce",
+	     "K register vm2 f --best-effort; K show vm2");
+	must(0, "\"survival\": \"best-effort\"", "K show vm2 --json");
+	must(0, "\"restore_failure\": \"quiesce\"", "K show vm1 --json");
+	/* With nobody to ask all that there is to do is to say so. */
+	must(0, "2 workloads preserved: the next kexec carries them.", "K preserve");
+	must(0, "", "K abort");
+	must(0, "held", "K list");
 }
 
 Test(khoctl, life)

@@ -219,6 +219,35 @@ Test(protocol, wrong_order)
 	must_work();
 }
 
+Test(protocol, policies_that_nobody_knows)
+{
+	enum { KEEP, SURVIVAL, RESTORE, MSEC, N };
+
+	for (int bad = 0; bad < N; bad++) {
+		Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+		Kho__Control__Register r = KHO__CONTROL__REGISTER__INIT;
+		Kho__Control__FileSpec spec = KHO__CONTROL__FILE_SPEC__INIT, *specs[1] = { &spec };
+		Kho__Control__Policy p = KHO__CONTROL__POLICY__INIT;
+		int s = dial_raw(), fd = STDERR_FILENO;
+
+		hello(s);
+		spec.name = (char *)"a";
+		r.name = (char *)"vm1";
+		r.files = specs;
+		r.n_files = 1;
+		p.keep = bad == KEEP ? 77 : KHO__CONTROL__KEEP_MODE__KEEP_LEASE;
+		p.survival = bad == SURVIVAL ? -1 : KHO__CONTROL__SURVIVAL__SURVIVAL_MUST;
+		p.restore_failure = bad == RESTORE ? 77 : 0;
+		p.prepare_msec = bad == MSEC ? UINT32_MAX : 1;
+		r.policy = &p;
+		q.body_case = KHO__CONTROL__REQUEST__BODY_REGISTRATION;
+		q.registration = &r;
+		send_request(s, &q, &fd, 1);
+		must_refuse(s, EOPNOTSUPP, true);
+		close(s);
+	}
+}
+
 Test(protocol, descriptors_that_do_not_belong)
 {
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
