@@ -242,6 +242,53 @@ def a_kexec_that_would_lose_a_workload_is_refused(ctx):
         khod.claim("mem")
 
 
+def lease(vm, name, size=4 * MIB, seed=1, *options):
+    """A client of its own unit that leases a memfd; returns what memfd-pages says of its contents."""
+    vm.run(f"systemd-run -q --unit=lease-{name} {PAGES} --create {size} --seed {seed} -- "
+           f"/usr/lib/khod/tests/lease {' '.join(options)} {name}; "
+           f"for i in $(seq 300); do khoctl list | grep -q '^{name} ' && exit 0; sleep 0.1; done; "
+           f"systemctl status --no-pager lease-{name} >&2; exit 1")
+    return digests(vm.run(f"{PAGES} --create {size} --seed {seed}").out)[0][2]
+
+
+def states(vm):
+    """Name and state of each workload."""
+    rows = [r.split() for r in vm.run("khoctl list").out.splitlines()[1:]]
+    return {r[0]: r[1] for r in rows}
+
+
+def claimed(vm, name, want):
+    """Claim @name: the contents must be those with the sum @want."""
+    got = digests(vm.run(f"khoctl claim {name} -- {PAGES}").out)
+    expect(len(got) == 1 and got[0][2] == want, f"{name} came back as {got}")
+
+
+@test()
+def a_veto_stops_khoctl_kexec_before_any_unit(ctx):
+    """Named with its reason, all rolled back; without the veto the same kexec carries both."""
+    with booted(ctx) as vm:
+        vm.ready()
+        a, b = lease(vm, "a", seed=5), lease(vm, "b", 8 * MIB, 6)
+        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
+        vm.load()
+        vm.run("echo 'veto in the middle of a migration' > /run/lease-b")
+        r = vm.run("khoctl kexec", check=False)
+        expect(r.status == 5 and "b: vetoed: in the middle of a migration" in r.err, f"{r.status}: {r.err}")
+        expect(vm.run("systemctl is-active lease-a lease-b khod").out.split() == ["active"] * 3,
+               "units were stopped")
+        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
+        vm.run("rm /run/lease-b; khoctl preserve")
+        expect(states(vm) == {"a": "held", "b": "held"}, states(vm))
+        vm.run("khoctl abort")
+        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
+        vm.mark = len(vm.console.lines)
+        vm.start_command("khoctl kexec > /lab/kexec.out 2>&1")
+        vm.next_boot("khoctl kexec")
+        expect(states(vm) == {"a": "held", "b": "held"}, states(vm))
+        claimed(vm, "a", a)
+        claimed(vm, "b", b)
+
+
 def handovers(ctx, count):
     """The same memory through @count handovers, with nobody claiming it, under pressure."""
     with booted(ctx, pressure=True) as vm:
