@@ -90,6 +90,10 @@ struct group {
 	size_t n_sessions;
 	struct transit *transits;
 	size_t n_transits;
+	struct session *committed;	/* the outgoing one with an image, if there is one */
+	struct session *target;		/* the outgoing one without, if there is one */
+	int found;			/* what find_image() returned, and @err why */
+	struct kho_error *err;
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	struct kho_error *lost;		/* why a device or an iommufd is not there */
@@ -412,32 +416,42 @@ static int find_file(struct khod *k, struct group *g, struct session *target, si
 	return 0;
 }
 
-/*
- * Every file into w->fds, from transit or an incoming session; -1 where the new
- * session has it already and nothing else does, or where a device is lost (g->lost).
- *
- * Devices first: the kernel stops one that nobody retrieves in time, and much memory takes
- * its time.
- */
-static int find_files(struct khod *k, struct group *g, struct session *target,
-		      struct kho_error **err)
+static int no_files(struct workload *w, struct kho_error **err)
 {
-	static const enum kho_file_kind order[] = { KHO_FILE_VFIO, KHO_FILE_IOMMUFD, KHO_FILE_MEMFD };
-	struct workload *w = g->w;
 	size_t n = workload_n_files(w);
-	int r;
 
 	w->fds = malloc((n + 1) * sizeof(int));
 	if (!w->fds)
 		return kho_error_new(err, ENOMEM, w->name, "out of memory");
 	for (size_t i = 0; i < n; i++)
 		w->fds[i] = -1;
+	return 0;
+}
 
+/*
+ * Files into w->fds, from transit or an incoming session; -1 where the new session has it
+ * already and nothing else does, or where a device is lost (g->lost).
+ *
+ * Devices first: the kernel stops one that nobody retrieves in time, and much memory takes
+ * its time. @unmapped: only the memory that no IOAS maps, for which devices do not wait.
+ */
+static int find_files(struct khod *k, struct group *g, struct session *target, bool unmapped,
+		      struct kho_error **err)
+{
+	static const enum kho_file_kind order[] = { KHO_FILE_VFIO, KHO_FILE_IOMMUFD, KHO_FILE_MEMFD };
+	bool mapped[KHO_IMAGE_FILES_MAX];
+	struct workload *w = g->w;
+	size_t n = workload_n_files(w);
+	int r;
+
+	graph_mapped(w->image, mapped);
 	for (size_t i = 0; i < ARRAY_SIZE(order) * n; i++) {
 		struct kho_image_file f = {};
 
 		kho_image_file(w->image, i % n, &f);
-		if (f.kind != order[i / n])
+		if (f.kind != order[i / n] || w->fds[i % n] >= 0)
+			continue;
+		if ((f.kind == KHO_FILE_MEMFD && !mapped[i % n]) != unmapped)
 			continue;
 		r = find_file(k, g, target, i % n, &f, err);
 		if (r < 0)
@@ -654,9 +668,13 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 	size_t n;
 	int r;
 
-	r = find_files(k, g, target, err);
+	r = no_files(w, err);
+	if (r >= 0)
+		r = find_files(k, g, target, false, err);
 	if (r >= 0 && kho_image_has_devices(w->image))
 		r = restore(k, g, err);
+	if (r >= 0)
+		r = find_files(k, g, target, true, err);
 	if (r >= 0)
 		r = prepare(k, g, err);
 	n = workload_n_files(w);
@@ -764,40 +782,48 @@ static int discard(struct khod *k, struct group *g, struct kho_error **err)
 	return 0;
 }
 
-/* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
-static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
+/* What is there of the workload, and its image, unless it is at rest already. */
+static void look(struct khod *k, struct group *g)
 {
-	struct session *committed = NULL, *target = NULL;
-	int image_fd = -1, r;
-	bool only_r = true;
-
-	if (g->w->state == WORKLOAD_FAILED)
-		return 0;	/* could not even be sorted; everything is where it was */
+	int fd = -1;
 
 	for (size_t i = 0; i < g->n_sessions; i++) {
 		struct session *s = &g->sessions[i];
 
-		only_r &= s->origin == 'r';
 		if (s->outgoing && s->committed)
-			committed = s;
+			g->committed = s;
 		else if (s->outgoing)
-			target = s;
+			g->target = s;
 	}
-	if (committed) {
-		FAULT(START_OUTGOING_BEGIN);
-		return rest(k, g, committed, err);
-	}
-	if (!target || g->n_sessions > 1 || g->n_transits > 0)
+	if (g->w->state == WORKLOAD_FAILED || g->committed)
+		return;
+	if (!g->target || g->n_sessions > 1 || g->n_transits > 0)
 		FAULT(START_INCOMING_BEGIN);
 	else
 		FAULT(START_OUTGOING_BEGIN);
+	g->found = find_image(k, g, &fd, &g->err);
+	kho_close(k->kho, fd);
+}
 
-	r = find_image(k, g, &image_fd, err);
-	if (r == -ENOENT) {
+/* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
+static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
+{
+	bool only_r = true;
+	int r;
+
+	if (g->w->state == WORKLOAD_FAILED)
+		return 0;	/* could not even be sorted; everything is where it was */
+	if (g->committed) {
+		FAULT(START_OUTGOING_BEGIN);
+		return rest(k, g, g->committed, err);
+	}
+	if (g->found == -ENOENT) {
 		/*
 		 * No image anywhere. A registration that was not answered leaves only a
 		 * session of its own kind; anything else is not understood, and kept.
 		 */
+		for (size_t i = 0; i < g->n_sessions; i++)
+			only_r &= g->sessions[i].origin == 'r';
 		if (g->n_transits == 0 && only_r) {
 			r = discard(k, g, err);
 			return r < 0 ? r : 1;
@@ -805,10 +831,11 @@ static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 		return kho_error_new(err, ENOENT, g->w->name,
 				     "there is no image, so what it holds cannot be told; release it to discard it");
 	}
-	if (r < 0)
-		return r;
-	kho_close(k->kho, image_fd);
-	r = transfer(k, g, target, err);
+	if (g->found < 0) {
+		*err = TAKE_PTR(g->err);
+		return g->found;
+	}
+	r = transfer(k, g, g->target, err);
 	if (r < 0)
 		return r;
 	settle_fds(k, g->w);
@@ -835,39 +862,52 @@ static void drop_partial_fds(struct khod *k, struct workload *w)
 	w->fds = NULL;
 }
 
+static void settle(struct khod *k, struct group *g)
+{
+	_cleanup_error_ struct kho_error *err = NULL;
+	struct workload *w = g->w;
+	int r = adopt_one(k, g, &err);
+
+	if (r < 0)
+		workload_fail(w, &err, r);
+	if (w->state == WORKLOAD_FAILED) {
+		drop_partial_fds(k, w);
+		log_event(LOG_ERR, MSG_FAILED, w->name,
+			  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
+			  w->name, workload_reason(w));
+	}
+	if (r > 0) {
+		log_event(LOG_NOTICE, MSG_DISCARDED, w->name,
+			  "What an unfinished registration, or a lease, of %s had preserved was discarded: its client still has all.",
+			  w->name);
+		workload_free(k, w);
+	}
+	free(g->transits);
+	kho_error_free(g->lost);
+	kho_error_free(g->err);
+	free(g);
+	khod_idle(k);
+}
+
+/* Those with devices first: they do not wait for the memory of others. */
 void adopt(struct khod *k, struct passed *passed, size_t n)
 {
 	struct group *groups = NULL;
 
 	for (size_t i = 0; i < n; i++)
 		sort_one(k, &groups, &passed[i]);
+	for (struct group *g = groups; g; g = g->next)
+		look(k, g);
 
-	while (groups) {
-		struct group *g = groups;
-		_cleanup_error_ struct kho_error *err = NULL;
-		char name[KHO_NAME_MAX + 1];
-		int r;
+	for (int devices = 1; devices >= 0; devices--)
+		for (struct group **p = &groups; *p;) {
+			struct group *g = *p;
 
-		groups = g->next;
-		strcpy(name, g->w->name);
-		r = adopt_one(k, g, &err);
-		if (r < 0)
-			workload_fail(g->w, &err, r);
-		if (g->w->state == WORKLOAD_FAILED) {
-			drop_partial_fds(k, g->w);
-			log_event(LOG_ERR, MSG_FAILED, name,
-				  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
-				  name, workload_reason(g->w));
+			if (devices && !(g->w->image && kho_image_has_devices(g->w->image))) {
+				p = &g->next;
+				continue;
+			}
+			*p = g->next;
+			settle(k, g);
 		}
-		if (r > 0) {
-			workload_free(k, g->w);
-			log_event(LOG_NOTICE, MSG_DISCARDED, name,
-				  "What an unfinished registration, or a lease, of %s had preserved was discarded: its client still has all.",
-				  name);
-		}
-		free(g->transits);
-		kho_error_free(g->lost);
-		free(g);
-		khod_idle(k);
-	}
 }

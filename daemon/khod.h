@@ -256,10 +256,15 @@ int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool a
  */
 int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct kho_error **err);
 /**
+ * graph_mapped() - which memfds do the areas of the workload's iommufds map?
+ * @mapped: receives it, one per file of the image; false for all if it has no graph
+ */
+void graph_mapped(const struct kho_image *image, bool *mapped);
+/**
  * workload_restore() - move the devices of a workload under page tables of this kernel
  * @image: with the graph of the previous kernel, or already of this one; gets the ids of this
  *	one on success
- * @fds: one per file of the image, retrieved, borrowed
+ * @fds: one per file of the image, retrieved, borrowed; -1 for a memfd that no area maps
  * @steps: receives how many were missing
  *
  * Goes on where an earlier khod was cut off. Return: 0, or -errno: then the devices are on

@@ -129,6 +129,29 @@ int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct k
 	return 0;
 }
 
+void graph_mapped(const struct kho_image *image, bool *mapped)
+{
+	const struct kho_graph *g = kho_image_graph(image);
+	bool backing[KHO_IMAGE_FILES_MAX] = {};
+
+	for (size_t i = 0; g && i < g->n_contexts; i++)
+		for (size_t j = 0; j < g->contexts[i].n_ioas; j++) {
+			const struct kho_ioas *ioas = &g->contexts[i].ioas[j];
+
+			for (size_t a = 0; a < ioas->n_areas; a++)
+				if (ioas->areas[a].backing < ARRAY_SIZE(backing))
+					backing[ioas->areas[a].backing] = true;
+		}
+	for (size_t i = 0; i < kho_image_n_files(image); i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(image, i, &f);
+		mapped[i] = false;
+		for (size_t b = 0; g && b < g->n_backings && b < ARRAY_SIZE(backing); b++)
+			mapped[i] |= backing[b] && g->backings[b] == f.token;
+	}
+}
+
 /* What the contexts of one workload are restored with. */
 struct restore {
 	struct khod *k;

@@ -136,7 +136,7 @@ static int read_areas(struct kho *kho, int iommufd, struct kho_ioas *ioas, const
 {
 	struct iommu_ioas_list_areas arg = {
 		.size = sizeof(arg),
-		.flags = n_memfds > 0 ? IOMMU_IOAS_LIST_AREAS_FD : 0,
+		.flags = n_memfds > 0 && memfds[backing] >= 0 ? IOMMU_IOAS_LIST_AREAS_FD : 0,
 		.generation = *generation,
 		.ioas_id = ioas->id,
 		.entry_size = sizeof(struct iommu_ioas_area),
@@ -204,7 +204,12 @@ static int read_ioas(struct kho *kho, int iommufd, struct kho_ioas *ioas, const 
 	size_t todo = 0;
 	int r;
 
+	/* The last one that is here is the last one to be asked for. */
+	while (n_memfds > 0 && memfds[n_memfds - 1] < 0)
+		n_memfds--;
 	for (size_t b = 0; b == 0 || (b < n_memfds && todo != SIZE_MAX); b++) {
+		if (b > 0 && memfds[b] < 0)
+			continue;
 		r = read_areas(kho, iommufd, ioas, memfds, n_memfds, b, &generation, &todo, err);
 		if (r < 0)
 			return r;

@@ -551,6 +551,75 @@ Test(devices, two_workloads_two_ends)
 	must_stop(sim);
 }
 
+static void register_memory(const char *name)
+{
+	struct kho_error *err = NULL;
+	struct kho_client *k = dial(kho, sim);
+	struct kho_client_file file = { "ram", make_memfd(4096, 60) };
+
+	must(kho_client_register(k, name, &file, 1, NULL, 0, &err), err, "register");
+	kho_client_free(k);
+	close(file.fd);
+}
+
+/*
+ * Of two workloads that are memory alone, one known before and one after that with devices,
+ * and of a memfd of its own that no IOAS maps: after a kexec nothing of it is retrieved
+ * before the devices are restored.
+ */
+Test(devices, do_not_wait_for_memory_that_they_do_not_map)
+{
+	const char *vm, *before, *after;
+	enum kho_outcome outcome = 0;
+	struct kho_error *err = NULL;
+	struct kho_client *k;
+	struct client c;
+	char reason[600];
+	int other = make_memfd(4096, 70);
+
+	client_new(&c);
+	must_start(sim);
+	register_memory("before");
+	k = dial(kho, sim);
+	{
+		struct kho_client_file files[] = {
+			{ "other", other }, { "ram0", c.memfds[0] }, { "ram1", c.memfds[1] },
+			{ "iommufd", c.ctx }, { "nic", c.dev[0] }, { "disk", c.dev[1] },
+		};
+
+		must(kho_client_register(k, "vm", files, ARRAY_SIZE(files), NULL, 0, &err), err,
+		     "register");
+	}
+	kho_client_free(k);
+	register_memory("after");
+	client_exit(&c);
+	close(other);
+	must_stop(sim);
+
+	/* The sixth file is the first that no device needs. */
+	sim_kexec(sim);
+	sim_start(sim, "start-incoming-file-retrieved:6", NULL);
+	cr_assert(sim_killed(sim_wait(sim)), "%s", sim_log(sim));
+	cr_assert(strstr(sim_log(sim), "Workload vm is restored"), "%s", sim_log(sim));
+	cr_assert(!strstr(sim_log(sim), "was carried into"), "%s", sim_log(sim));
+	devices_are(true, "paging");
+	must_start(sim);
+	must_stop(sim);
+
+	sim_kexec(sim);
+	must_start(sim);
+	vm = strstr(sim_log(sim), "handover 2");
+	cr_assert(vm && strncmp(vm - strlen("vm was carried into this kernel ("), "vm ", 3) == 0,
+		  "%s", sim_log(sim));
+	before = strstr(sim_log(sim), "before was carried into this kernel (handover 2");
+	after = strstr(sim_log(sim), "after was carried into this kernel (handover 2");
+	cr_assert(before && after, "%s", sim_log(sim));
+	cr_assert(listed(&outcome, reason, sizeof(reason)) == KHO_WORKLOAD_HELD &&
+		  outcome == KHO_OUTCOME_RESTORED);
+	devices_are(true, "paging");
+	must_stop(sim);
+}
+
 /* The n-th kernel call after a kexec fails once. Return: is there an n-th? */
 static bool fail_start(int n, bool refuse, enum kho_outcome *end)
 {

@@ -14,7 +14,8 @@ extern "C" {
  * kho_snapshot() - read from the kernel what is in an iommufd
  * @kho: handle
  * @iommufd: the context, borrowed
- * @memfds: what may be mapped in it, borrowed; the index of one is the backing of its areas
+ * @memfds: what may be mapped in it, borrowed; the index of one is the backing of its areas;
+ *	-1 for one that is not at hand and that no area maps
  * @n_memfds: how many
  * @context: receives it; empty on error; its token and those of its devices are the caller's
  * @err: error, names the object
