@@ -74,7 +74,8 @@ static void answer(struct kho_client *client, const struct kho_event *event)
 		r = kho_client_veto(client, event, mode + 5, &err);
 	else
 		r = kho_client_ready(client, event, &err);
-	if (r < 0 && r != -ECONNRESET)
+	/* Another's veto may have been faster: then this has been given up already. */
+	if (r < 0 && r != -ECONNRESET && r != -ESTALE)
 		die("answer", r, err);
 	kho_error_free(err);
 }
