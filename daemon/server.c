@@ -18,6 +18,7 @@
 #include <systemd/sd-daemon.h>
 #include <systemd/sd-login.h>
 
+#include "closer.h"
 #include "fault.h"
 #include "khod.h"
 #include "log.h"
@@ -69,14 +70,13 @@ struct connection {
 	unsigned int deadline;	/* the one that the timer is set to, in seconds */
 };
 
-static void pending_free(struct khod *k, struct pending *p)
+static void pending_free(struct pending *p)
 {
 	if (!p)
 		return;
-	for (size_t i = 0; i < p->n; i++) {
-		kho_close(k->kho, p->fds[i]);
+	closer_add(p->fds, p->n);
+	for (size_t i = 0; i < p->n; i++)
 		free(p->names[i]);
-	}
 	explicit_bzero(p->secret, sizeof(p->secret));
 	free(p->names);
 	free(p->fds);
@@ -104,6 +104,27 @@ static void claim_abandon(struct connection *c)
 	inhibit_update(c->k);
 }
 
+/*
+ * Unread input would make close() reset the connection, and lose our last words; and the
+ * kernel would close the descriptors in it, in our time.
+ */
+static void drain(struct connection *c)
+{
+	static uint8_t buf[KHO_WIRE_PACKET_MAX];
+
+	(void)shutdown(c->fd, SHUT_RD);
+	/* An empty packet looks like the end, and there may be one; systemd lets 512 wait. */
+	for (int i = 0; i < 600; i++) {
+		int fds[KHO_WIRE_FDS_MAX];
+		size_t n_fds;
+		ssize_t n = kho_wire_recv(c->k->kho, c->fd, buf, fds, &n_fds);
+
+		if (n < 0 && n != -EMFILE && n != -EMSGSIZE)
+			break;
+		closer_add(fds, n_fds);
+	}
+}
+
 static void connection_free(struct connection *c)
 {
 	struct khod *k = c->k;
@@ -122,7 +143,7 @@ static void connection_free(struct connection *c)
 		if (w->client == c)
 			handover_client_gone(k, w);
 	}
-	pending_free(k, c->pending);
+	pending_free(c->pending);
 	while (c->queue) {
 		struct packet *p = c->queue;
 
@@ -131,6 +152,7 @@ static void connection_free(struct connection *c)
 	}
 	sd_event_source_disable_unref(c->io);
 	sd_event_source_disable_unref(c->timer);
+	drain(c);
 	kho_close(k->kho, c->fd);
 	free(c);
 }
@@ -424,7 +446,7 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		r = reply(c, serial, &a, NULL, 0);
 		FAULT(REGISTER_ANSWERED);
 	}
-	pending_free(c->k, c->pending);
+	pending_free(c->pending);
 	c->pending = NULL;
 	return r;
 }
@@ -986,21 +1008,6 @@ static int dispatch(struct connection *c, const Kho__Control__Request *q, int *f
 	}
 }
 
-/* Unread input would make close() reset the connection, and lose our last words. */
-static void drain(struct connection *c, uint8_t *buf)
-{
-	for (int i = 0; i < 256; i++) {
-		int fds[KHO_WIRE_FDS_MAX];
-		size_t n_fds;
-		ssize_t n = kho_wire_recv(c->k->kho, c->fd, buf, fds, &n_fds);
-
-		if (n <= 0 && n != -EMFILE && n != -EMSGSIZE)
-			break;
-		while (n_fds > 0)
-			kho_close(c->k->kho, fds[--n_fds]);
-	}
-}
-
 static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 {
 	struct connection *c = userdata;
@@ -1037,14 +1044,11 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 				garbage(c, 0, EBADMSG, "a packet that is not a message");
 			kho_wire_request_free(q);
 		}
-		while (n_fds > 0)
-			kho_close(k->kho, fds[--n_fds]);
+		closer_add(fds, n_fds);
 		gone = r < 0;
 	}
-	if (c->closing && !c->queue) {
-		drain(c, buf);
+	if (c->closing && !c->queue)
 		gone = true;
-	}
 	if (gone || (revents & EPOLLERR)) {
 		connection_free(c);
 		return 0;

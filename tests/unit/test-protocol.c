@@ -3,9 +3,11 @@
  * Clients that do not behave, against the real khod: garbage, too much, too early,
  * wrong order, other users, a second khod.
  */
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 
 #include "common.h"
 #include "wire.h"
@@ -108,6 +110,55 @@ Test(protocol, garbage)
 	cr_assert(send(s, "", 0, 0) == 0);	/* an empty packet is an end of file */
 	close(s);
 	must_work();
+}
+
+/* A TCP socket of which the last close waits for a peer that does not read. */
+static int lingering_socket(int *peer)
+{
+	struct sockaddr_in a = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	struct linger linger = { .l_onoff = 1, .l_linger = 20 };
+	int l = socket(AF_INET, SOCK_STREAM, 0), s = socket(AF_INET, SOCK_STREAM, 0);
+	socklen_t len = sizeof(a);
+	static char full[1 << 20];
+
+	cr_assert(bind(l, (struct sockaddr *)&a, len) == 0 && listen(l, 1) == 0);
+	cr_assert(getsockname(l, (struct sockaddr *)&a, &len) == 0);
+	cr_assert(connect(s, (struct sockaddr *)&a, len) == 0);
+	*peer = accept(l, NULL, NULL);
+	close(l);
+	cr_assert(setsockopt(s, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)) == 0);
+	while (send(s, full, sizeof(full), MSG_DONTWAIT) > 0)
+		;
+	return s;
+}
+
+/* Before and after HELLO, read or not: nobody else waits for it. */
+Test(protocol, a_descriptor_that_lingers)
+{
+	struct timespec begin, end;
+	int peer[4];
+
+	for (int i = 0; i < 4; i++) {
+		int s = dial_raw(), slow = lingering_socket(&peer[i]);
+
+		if (i % 2)
+			hello(s);
+		cr_assert(kho_wire_send(kho, s, "\xff", 1, &slow, 1) >= 0);
+		if (i > 1)
+			(void)kho_wire_send(kho, s, "\xff", 1, &slow, 1);
+		close(slow);
+		close(s);
+	}
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	/* Until it has come to all of them. */
+	for (int i = 0; i < 50; i++) {
+		must_work();
+		usleep(10000);
+	}
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	cr_assert(end.tv_sec - begin.tv_sec < 10, "%ld s", (long)(end.tv_sec - begin.tv_sec));
+	for (int i = 0; i < 4; i++)
+		close(peer[i]);
 }
 
 /* It is an end of file as well if it brings descriptors: they must not stay open. */
