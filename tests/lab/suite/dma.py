@@ -39,7 +39,7 @@ def forbidden(slot, offset, value):
     if offset == COMMAND:
         return value & MEMORY_AND_MASTER != MEMORY_AND_MASTER
     if slot == DEVICE:
-        return True
+        return not 0x160 <= offset < 0x1a0      # SR-IOV of an igb, which has no VFs
     return not (offset in (0x06, 0x1e, 0x3c) or     # status, interrupt line
                 0x48 <= offset < 0x54 or            # MSI-X
                 offset in (0x5e, 0x66) or           # device and link status
