@@ -126,6 +126,9 @@ static bool is_free(struct client *c)
 	static uint64_t at = 0x1000000;
 	int r;
 
+	/* What khod has closed is not a moment later. */
+	(void)sim_lock_devices(sim);
+	sim_unlock_devices(sim);
 	at += SIZE;
 	r = kho_iommufd_map_file(kho, c->ctx, c->ioas, c->memfd, 0, SIZE, at, 3, NULL);
 	cr_assert(r >= 0 || r == -EBUSY, "map: %d\n%s", r, sim_log(sim));
