@@ -613,6 +613,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 			kho_close(k->kho, fds[i]);
 	if (r < 0)
 		return r;
+	timeline_ended(k, KHO_MARK_QUIESCED, w->name);
 	g->prepared = g->quiesced = true;
 	return 0;
 }
@@ -671,10 +672,14 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 	r = no_files(w, err);
 	if (r >= 0)
 		r = find_files(k, g, target, false, err);
+	if (r >= 0)
+		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
 	if (r >= 0 && kho_image_has_devices(w->image))
 		r = restore(k, g, err);
 	if (r >= 0)
 		r = find_files(k, g, target, true, err);
+	if (r >= 0)
+		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
 	if (r >= 0)
 		r = prepare(k, g, err);
 	n = workload_n_files(w);
@@ -716,6 +721,7 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 			return r;
 		FAULT(START_INCOMING_OLD_REMOVED);
 	}
+	timeline_ended(k, KHO_MARK_FINISHED, w->name);
 	if (g->quiesced) {
 		FAULT(QUIESCE_STOPPED);
 		log_event(LOG_ERR, MSG_QUIESCED, w->name,
@@ -730,7 +736,9 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 	if (r < 0)
 		return r;
 	FAULT(START_INCOMING_IMAGE_PRESERVED);
-	return transits_drop(k, g, err);
+	r = transits_drop(k, g, err);
+	timeline_ended(k, KHO_MARK_PRESERVED, w->name);
+	return r;
 }
 
 /* Where the kernel gives files back there is no need to keep them; elsewhere there is. */

@@ -117,8 +117,8 @@ static int take_lock(const char *socket_path)
 	return fd;
 }
 
-/* Sort the listening socket out of what systemd passed; the rest is for adopt(). */
-static int take_passed(struct khod *k, struct passed **ret, size_t *ret_n)
+/* Sort socket and timeline out of what systemd passed; the rest is for adopt(). */
+static int take_passed(struct khod *k, struct passed **ret, size_t *ret_n, int *timeline)
 {
 	char **names = NULL;
 	struct passed *passed;
@@ -137,6 +137,8 @@ static int take_passed(struct khod *k, struct passed **ret, size_t *ret_n)
 		if (k->listen_fd < 0 && sd_is_socket(fd, AF_UNIX, SOCK_SEQPACKET, 1) > 0) {
 			k->listen_fd = fd;
 			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
+		} else if (*timeline < 0 && names && strcmp(names[i], TIMELINE_FDNAME) == 0) {
+			*timeline = fd;
 		} else {
 			passed[n_passed].fd = fd;
 			snprintf(passed[n_passed].fdname, FDSTORE_NAME_MAX, "%s",
@@ -180,7 +182,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	struct utsname uts;
 	sd_id128_t boot;
 	size_t n_passed = 0;
-	int c, r, lock = -1, status = EXIT_FAILURE;
+	int c, r, lock = -1, timeline = -1, status = EXIT_FAILURE;
 	sigset_t mask;
 
 	k.socket_path = (char *)KHO_SOCKET;
@@ -256,9 +258,10 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	if (r < 0)
 		goto out;
 
-	r = take_passed(&k, &passed, &n_passed);
+	r = take_passed(&k, &passed, &n_passed, &timeline);
 	if (r < 0)
 		goto out;
+	timeline_start(&k, timeline);
 	/* Before anybody can ask for anything. */
 	adopt(&k, passed, n_passed);
 
@@ -269,6 +272,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		  KHOD_WITH_FAULT_POINTS ? " (a test build with fault points)" : "");
 	khod_status_line(&k);
 	sd_notify(0, "READY=1");
+	timeline_ready(&k);
 
 	r = sd_event_loop(k.event);
 	if (r >= 0)
@@ -283,6 +287,7 @@ out:
 		free(text);
 	}
 	kho_error_free(err);
+	timeline_stop(&k);
 	server_stop(&k);
 	handover_stop(&k);
 	inhibit_stop(&k);

@@ -8,6 +8,7 @@
 #include <systemd/sd-event.h>
 
 #include "fdstore.h"
+#include "timeline.h"
 #include "util.h"
 
 /* Limits per user id; root's own are wider, not absent. */
@@ -72,6 +73,8 @@ struct stored {
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
  * @stored: everything of this workload in the fd store
  * @n_stored: how many
+ * @watch: on the process that registered it; NULL: not known, or it has ended
+ * @khod: for @watch
  */
 struct workload {
 	struct workload *next;
@@ -89,6 +92,8 @@ struct workload {
 	int *fds;
 	struct stored *stored;
 	size_t n_stored;
+	sd_event_source *watch;
+	struct khod *khod;
 };
 
 /* A descriptor that systemd passed at start, before it is sorted. */
@@ -151,6 +156,7 @@ struct khod {
 	struct fdstore fdstore;
 	struct inhibit inhibit;
 	struct handover handover;
+	struct timeline_log timeline;
 	struct workload *workloads;
 	struct connection *connections;
 	unsigned int n_connections;

@@ -179,6 +179,13 @@ static void restore_clear(struct restore *s)
 
 static void passed(void *userdata, enum kho_step step)
 {
+	struct restore *s = userdata;
+
+	/* Not each area: to map it costs next to nothing before there is a page table. */
+	if (step == KHO_STEP_BIND || step == KHO_STEP_HWPT)
+		timeline_ended(s->k, KHO_MARK_BUILT, kho_image_name(s->image));
+	else if (step == KHO_STEP_REPLACE)
+		timeline_ended(s->k, KHO_MARK_REPLACED, kho_image_name(s->image));
 	switch (step) {
 	case KHO_STEP_BIND:
 		FAULT(RESTORE_BOUND);
@@ -272,10 +279,10 @@ static void commit(struct restore *s)
 	for (size_t i = 0; i < s->want->n_contexts; i++) {
 		_cleanup_error_ struct kho_error *e = NULL;
 		_cleanup_free_ char *text = NULL;
-		int r = kho_plan_commit(s->k->kho, s->plans[i], &s->files[i], passed, NULL, NULL);
+		int r = kho_plan_commit(s->k->kho, s->plans[i], &s->files[i], passed, s, NULL);
 
 		if (r < 0)
-			r = kho_plan_commit(s->k->kho, s->plans[i], &s->files[i], passed, NULL, &e);
+			r = kho_plan_commit(s->k->kho, s->plans[i], &s->files[i], passed, s, &e);
 		if (r >= 0)
 			continue;
 		text = kho_error_format(e, r);
@@ -301,7 +308,7 @@ int workload_restore(struct khod *k, struct kho_image *image, const int *fds, si
 	for (size_t i = 0; r >= 0 && i < graph->n_contexts; i++)
 		*steps += kho_plan_n_steps(s.plans[i]);
 	for (size_t i = 0; r >= 0 && i < graph->n_contexts; i++)
-		r = kho_plan_run(k->kho, s.plans[i], &s.files[i], passed, NULL, err);
+		r = kho_plan_run(k->kho, s.plans[i], &s.files[i], passed, &s, err);
 	if (r < 0) {
 		undo(&s);
 	} else {

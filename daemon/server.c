@@ -55,6 +55,7 @@ struct connection {
 	struct connection *next;
 	struct khod *k;
 	int fd;
+	int pidfd;		/* the peer; -1: not known */
 	struct identity who;
 	bool hello;
 	bool closing;		/* when the queue is empty */
@@ -154,6 +155,8 @@ static void connection_free(struct connection *c)
 	sd_event_source_disable_unref(c->timer);
 	drain(c);
 	kho_close(k->kho, c->fd);
+	if (c->pidfd >= 0)
+		close(c->pidfd);
 	free(c);
 }
 
@@ -438,6 +441,8 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		r = reply_refusal(c, serial, "register", p->name, r, &err);
 	} else {
 		w->client = p->reg.prepare ? c : NULL;
+		if (c->pidfd >= 0)
+			timeline_watch(c->k, w, c->pidfd);
 		done.name = w->name;
 		done.files = workload_n_files(w);
 		done.session = w->session_name;
@@ -965,6 +970,26 @@ static int on_status(struct connection *c, uint64_t serial)
 	return reply(c, serial, &a, NULL, 0);
 }
 
+static int on_timeline(struct connection *c, uint64_t serial)
+{
+	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
+	Kho__Control__TimelineReply t = KHO__CONTROL__TIMELINE_REPLY__INIT;
+	struct kho_error *err = NULL;
+	int fd;
+
+	/* The names of everybody's workloads are in it. */
+	fd = c->who.uid == 0 ? timeline_copy(c->k, &err) :
+			       kho_error_new(&err, EPERM, "timeline", "it is for root");
+	if (fd < 0) {
+		_cleanup_error_ struct kho_error *e = err;
+
+		return reply_error(c, serial, fd, kho_error_object(e), kho_error_message(e), false);
+	}
+	a.body_case = KHO__CONTROL__REPLY__BODY_TIMELINE;
+	a.timeline = &t;
+	return reply(c, serial, &a, &fd, 1);
+}
+
 /* One packet. *@n_fds is what is left of @fds for the caller to close. */
 static int dispatch(struct connection *c, const Kho__Control__Request *q, int *fds,
 		    size_t *n_fds)
@@ -1003,6 +1028,8 @@ static int dispatch(struct connection *c, const Kho__Control__Request *q, int *f
 		return on_preserve(c, serial, q->preserve);
 	case KHO__CONTROL__REQUEST__BODY_ABORT:
 		return on_abort(c, serial);
+	case KHO__CONTROL__REQUEST__BODY_TIMELINE:
+		return on_timeline(c, serial);
 	default:
 		return garbage(c, serial, EOPNOTSUPP, "a message of a kind that this khod does not know");
 	}
@@ -1075,11 +1102,12 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 }
 
 /*
- * The unit of the peer. Its pid may be reused between the credentials and the look at
- * its cgroup; a pidfd from the socket, still alive after the look, proves it was not. That
- * a signal is not permitted says so, too: khod has no capability to send one to others.
+ * The unit of the peer, and a pidfd of it for the caller, or -1. Its pid may be reused
+ * between the credentials and the look at its cgroup; a pidfd from the socket, still alive
+ * after the look, proves it was not. That a signal is not permitted says so, too: khod has no
+ * capability to send one to others.
  */
-static void peer_unit(int fd, pid_t pid, char *unit, size_t size)
+static int peer_unit(int fd, pid_t pid, char *unit, size_t size)
 {
 	_cleanup_free_ char *name = NULL;
 	int pidfd = -1;
@@ -1091,8 +1119,7 @@ static void peer_unit(int fd, pid_t pid, char *unit, size_t size)
 	if (sd_pid_get_unit(pid, &name) >= 0 && strlen(name) < size &&
 	    (pidfd < 0 || pidfd_send_signal(pidfd, 0, NULL, 0) == 0 || errno == EPERM))
 		strcpy(unit, name);
-	if (pidfd >= 0)
-		close(pidfd);
+	return pidfd;
 }
 
 /* Too early for a connection object: one packet, if it fits, and goodbye. */
@@ -1161,7 +1188,7 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 	c->fd = fd;
 	c->queue_tail = &c->queue;
 	c->who.uid = cred.uid;
-	peer_unit(fd, cred.pid, c->who.unit, sizeof(c->who.unit));
+	c->pidfd = peer_unit(fd, cred.pid, c->who.unit, sizeof(c->who.unit));
 	c->next = k->connections;
 	k->connections = c;
 	k->n_connections++;

@@ -72,6 +72,7 @@ struct workload *workload_new(struct khod *k, const char *name)
 	w->session = -1;
 	w->next = k->workloads;
 	k->workloads = w;
+	timeline_need(k);
 	return w;
 }
 
@@ -90,6 +91,7 @@ void workload_free(struct khod *k, struct workload *w)
 			kho_close(k->kho, w->stored[i].fd);
 	kho_close(k->kho, w->session);
 	kho_image_free(w->image);
+	sd_event_source_disable_unref(w->watch);
 	free(w->fds);
 	free(w->stored);
 	free(w->reason);
@@ -807,6 +809,8 @@ int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 			FAULT(RELEASE_REMOVED);
 	}
 	workload_free(k, w);
+	if (how == CUSTODY_CLAIMED)
+		timeline_claimed(k, name);
 	if (how == CUSTODY_CLAIMED)
 		FAULT(CLAIM_CLOSED);
 	else

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "timeline-log.h"
 #include "wire.h"
 
 /* khod answers a registration when the kernel has pinned every page of it. */
@@ -931,4 +932,27 @@ struct kho_status *kho_status_free(struct kho_status *status)
 		free(st);
 	}
 	return NULL;
+}
+
+int kho_client_timeline(struct kho_client *client, struct kho_timeline **ret,
+			struct kho_error **err)
+{
+	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
+	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
+	Kho__Control__Timeline body = KHO__CONTROL__TIMELINE__INIT;
+	int fds[KHO_WIRE_FDS_MAX], r;
+	size_t n_fds = 0;
+
+	q.body_case = KHO__CONTROL__REQUEST__BODY_TIMELINE;
+	q.timeline = &body;
+	client->serial++;
+	r = send_request(client, &q, NULL, 0, err);
+	if (r >= 0)
+		r = recv_reply(client, KHO__CONTROL__REPLY__BODY_TIMELINE, &a, fds, &n_fds, err);
+	if (r < 0)
+		return r;
+	r = n_fds == 1 ? kho_timeline_read(client->kho, fds[0], ret, err) :
+			 kho_error_new(err, EPROTO, "khod", "its answer cannot be understood");
+	close_fds(client->kho, fds, n_fds);
+	return r;
 }

@@ -14,7 +14,7 @@
 static const struct verb *const verbs[] = {
 	&verb_status, &verb_list,    &verb_show,      &verb_register,
 	&verb_claim,  &verb_release, &verb_preflight, &verb_inspect,
-	&verb_preserve, &verb_abort, &verb_kexec,
+	&verb_preserve, &verb_abort, &verb_kexec, &verb_timeline,
 };
 
 static void usage(FILE *f)
@@ -184,6 +184,12 @@ void json_u64(struct json *j, const char *key, uint64_t value)
 {
 	json_lead(j, key);
 	fprintf(j->f, "%" PRIu64, value);
+}
+
+void json_null(struct json *j, const char *key)
+{
+	json_lead(j, key);
+	fputs("null", j->f);
 }
 
 void json_bool(struct json *j, const char *key, bool value)

@@ -41,7 +41,8 @@ struct verb {
 };
 
 extern const struct verb verb_register, verb_claim, verb_release, verb_list, verb_status,
-	verb_show, verb_inspect, verb_preflight, verb_preserve, verb_abort, verb_kexec;
+	verb_show, verb_inspect, verb_preflight, verb_preserve, verb_abort, verb_kexec,
+	verb_timeline;
 
 /** khoctl_connect() - connect to khod, or say why not. Return: 0 or an exit code. */
 int khoctl_connect(struct khoctl *ctl, struct kho_client **ret);
@@ -88,6 +89,7 @@ void json_open(struct json *j, const char *key, char bracket);
 void json_close(struct json *j, char bracket);
 void json_string(struct json *j, const char *key, const char *value);
 void json_u64(struct json *j, const char *key, uint64_t value);
+void json_null(struct json *j, const char *key);
 void json_bool(struct json *j, const char *key, bool value);
 
 /** print_graph() - what is in the workload's iommufds, as a tree; nothing if there is nothing */

@@ -46,8 +46,9 @@ pid_t sim_pid(struct sim *s);
 /* khod must not run. PID 1 hands its store over, the kernel its outgoing sessions. */
 void sim_kexec(struct sim *s);
 
+/* Descriptors in the store, without the timeline. */
 size_t sim_store_count(struct sim *s);
-/* Descriptors in the store that are no sessions. */
+/* Those of them that are no sessions. */
 size_t sim_store_memfds(struct sim *s);
 size_t sim_sessions(struct sim *s, bool incoming);
 /* Descriptors that khod has open. */

@@ -56,7 +56,7 @@ Test(khoctl, usage)
 {
 	static const char *const verbs[] = { "status", "list", "show", "register", "claim",
 					     "release", "preflight", "inspect", "preserve", "abort",
-					     "kexec" };
+					     "kexec", "timeline" };
 
 	must(0, "Usage: khoctl", "K --help");
 	must(2, "Usage: khoctl", "K");
@@ -118,6 +118,14 @@ Test(khoctl, life)
 	must(0, "1", "K claim vm2 --keep -o - --fd-name fd11");
 	must(0, "vm2: released", "K release vm2");
 	must(4, "no workload", "K release vm2");
+}
+
+Test(khoctl, timeline)
+{
+	must(2, "takes no argument", "K timeline x");
+	must(1, "recorded nothing yet", "K timeline");
+	must(0, "held", "printf 0123456789 > f; K register vm1 f");
+	must(1, "no handover is recorded", "K timeline --json");
 }
 
 Test(khoctl, secret)

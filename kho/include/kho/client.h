@@ -9,6 +9,7 @@
 #include <kho/error.h>
 #include <kho/image.h>
 #include <kho/ops.h>
+#include <kho/timeline.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -412,6 +413,17 @@ int kho_client_status(struct kho_client *client, struct kho_status **ret,
 		      struct kho_error **err);
 /** kho_status_free() - NULL is allowed. Return: NULL. */
 struct kho_status *kho_status_free(struct kho_status *status);
+
+/**
+ * kho_client_timeline() - what happened when in the last handover
+ * @client: connection of root
+ * @ret: receives it, freed with kho_timeline_free()
+ * @err: error
+ *
+ * Return: 0, -EPERM, -ENODATA (none is recorded), -errno.
+ */
+int kho_client_timeline(struct kho_client *client, struct kho_timeline **ret,
+			struct kho_error **err);
 
 #ifdef __cplusplus
 }

@@ -11,6 +11,7 @@
 #include <kho/ops.h>
 #include <kho/restore.h>
 #include <kho/snapshot.h>
+#include <kho/timeline.h>
 #include <kho/vfio.h>
 
 #endif

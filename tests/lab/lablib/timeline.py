@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The phases of one kexec, read from the host's stamps on the guest's console.
 
+This is the account from outside, by which khod's own (khoctl timeline) is judged.
+
 Each mark is the moment at which a line arrived at the host, and costs the guest no
 program of its own to be started. Only khod's start, which goes on beside the others, is
 asked from systemd afterwards, by the guest's clock.
@@ -73,34 +75,3 @@ def khod_start(vm, boot: float):
         return None
     return begin + offset, ready + offset
 
-
-def bars(t: Timeline, width: int = 50) -> str:
-    """The phases as a bar chart of text."""
-    scale = width / max(t.total, 0.001)
-    rows = []
-    for name, start, length in t.phases:
-        left, size = round(start * scale), max(round(length * scale), 1)
-        rows.append(f"  {name:24}{' ' * left}{'#' * size}{' ' * max(width - left - size, 0)}"
-                    f" {length:7.2f} s")
-    return "\n".join(rows)
-
-
-def svg(t: Timeline, title: str) -> str:
-    """The same as a picture."""
-    scale, row, left = 700 / max(t.total, 0.001), 26, 200
-    height = row * (len(t.phases) + 3)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{height}" '
-           f'font-family="sans-serif" font-size="13"><rect width="980" height="{height}" '
-           f'fill="white"/><text x="10" y="20" font-size="15">{title}</text>']
-    dark = {"old kernel", "new kernel decompresses", "new kernel boots"}
-    for i, (name, start, length) in enumerate(t.phases):
-        y = row * (i + 1) + 10
-        colour = "#c0392b" if name in dark else "#2e86c1"
-        out.append(f'<text x="10" y="{y + 16}">{name}</text><rect x="{left + start * scale:.1f}" '
-                   f'y="{y}" width="{max(length * scale, 1):.1f}" height="{row - 6}" fill="{colour}"/>'
-                   f'<text x="{min(left + (start + length) * scale + 4, 910):.1f}" y="{y + 16}">'
-                   f'{length:.2f} s</text>')
-    y = row * (len(t.phases) + 2)
-    out.append(f'<text x="10" y="{y + 10}">blackout (red) {t.blackout:.2f} s, service gap '
-               f'{t.service_gap:.2f} s</text></svg>')
-    return "\n".join(out)

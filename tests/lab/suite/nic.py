@@ -3,6 +3,7 @@
 
 import json
 import time
+from xml.etree import ElementTree
 
 from lablib import nic
 from lablib.check import expect, test
@@ -39,12 +40,42 @@ def figures(ctx, c):
     ctx.figure("without a driver", f"{c.dma_in(c.absent)} in {c.absent[1] - c.absent[0]:.1f} s")
 
 
+PHASES = ["units stop", "systemd-shutdown", "one kernel to the other", "new kernel boots",
+          "systemd starts", "khod: retrieve", "khod: rebuild", "khod: replace", "khod: finish",
+          "khod: preserve again", "khod: until ready", "workloads start"]
+
+
+def far(own, host):
+    """The host sees a line on the console when it is not too busy."""
+    return abs(own - host) > 2.5 + host / 5
+
+
+def own_timeline(vm, c):
+    """khod's account of the handover must be complete, and that of the host's stamps."""
+    t = json.loads(vm.run("khoctl timeline --json --svg /lab/timeline.svg").out)
+    expect((t["old_release"], t["new_release"]) == (c.old, c.new), t)
+    expect(t["clock"] == "counter" and t["dropped_marks"] == 0, t)
+    expect([p["name"] for p in t["phases"]] == PHASES, [p["name"] for p in t["phases"]])
+    expect([w["name"] for w in t["workloads"]] == ["nic"], t["workloads"])
+    w = t["workloads"][0]
+    expect(0 < w["stopped_ns"] < w["restored_ns"] < w["claimed_ns"], w)
+    for what, own, host in (("blackout", t["blackout_ns"], c.timeline.blackout),
+                            ("service gap", t["service_gap_ns"], c.timeline.service_gap)):
+        expect(not far(own / 1e9, host), f"{what}: khod has {own / 1e9:.2f} s, the host {host:.2f} s")
+    text = vm.run("khoctl timeline").out
+    expect(all(p in text for p in PHASES) and "service gap" in text, text)
+    ElementTree.parse(vm.share / "timeline.svg")
+    return t
+
+
 def through_systemctl_kexec(ctx, machine):
     with booted(ctx, machine) as vm:
         vm.ready()
         c = nic.over_kexec(vm, ctx.kernel(release="-b"))
         figures(ctx, c)
         expect(not judge(c), "; ".join(judge(c)))
+        t = own_timeline(vm, c)
+        ctx.figure("blackout", f"{t['blackout_ns'] / 1e9:.2f} s by khod, {c.timeline.blackout:.2f} s by the host")
         held = vm.run("khoctl list").out
         expect("nic" in held and "held" in held, f"the driver did not register again: {held}")
         expect(vm.journal.find("Workload nic is restored") is not None, "khod did not restore it")

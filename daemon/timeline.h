@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#ifndef KHOD_TIMELINE_H
+#define KHOD_TIMELINE_H
+
+#include <systemd/sd-bus.h>
+
+#include "timeline-log.h"
+
+struct khod;
+struct workload;
+
+#define TIMELINE_QUESTIONS 4
+
+/* Something that PID 1 is asked for. */
+struct timeline_question {
+	struct khod *k;
+	enum kho_timeline_what what;
+};
+
+/** The log's name in the fd store. */
+#define TIMELINE_FDNAME "timeline"
+
+struct timeline_log {
+	struct kho_timeline_log *log;	/* mapped; NULL: there is none */
+	struct kho_timeline_bank *bank;	/* of this kernel */
+	struct kho_timeline_time started;	/* khod */
+	bool ready;			/* this kernel's handover is over */
+	sd_bus *bus;			/* while PID 1 is asked */
+	struct timeline_question questions[TIMELINE_QUESTIONS];
+	unsigned int answers;
+};
+
+/**
+ * timeline_start() - go on with the log that systemd kept
+ * @fd: it, owned; -1: there is none, one is made when there is something to write down
+ *
+ * What is wrong with it is logged, and it is done without.
+ */
+void timeline_start(struct khod *k, int fd);
+/** timeline_need() - from here on there is something to write down */
+void timeline_need(struct khod *k);
+/**
+ * timeline_ended() - of a handover: what the mark before began has ended now
+ * @workload: NULL: of all
+ *
+ * Again with the same arguments: it has only ended now.
+ */
+void timeline_ended(struct khod *k, enum kho_timeline_what what, const char *workload);
+/** timeline_ready() - the handover is over but for claims; PID 1 is asked for its part */
+void timeline_ready(struct khod *k);
+/** timeline_stopped() - a client has ended, or (NULL) khod is ending */
+void timeline_stopped(struct khod *k, const char *workload);
+/** timeline_watch() - as timeline_stopped(), as soon as the process of @pidfd (borrowed) ends */
+void timeline_watch(struct khod *k, struct workload *w, int pidfd);
+/** timeline_claimed() - a workload is with its client again */
+void timeline_claimed(struct khod *k, const char *workload);
+/** timeline_copy() - a sealed copy for a client. Return: a descriptor, -ENODATA, -errno. */
+int timeline_copy(struct khod *k, struct kho_error **err);
+void timeline_stop(struct khod *k);
+
+#endif
