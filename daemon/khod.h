@@ -253,6 +253,19 @@ int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
 		      struct kho_error **err);
 
+/* domain.c */
+/**
+ * domain_explain() - a file is somebody else's already: in which workload?
+ * @image: of the one that it was to become part of
+ * @kind: of the file
+ * @fd: the file, borrowed
+ * @err: gets a cause that names it, if it is found
+ *
+ * Return: 0: in none that khod knows; -EBUSY.
+ */
+int domain_explain(struct khod *k, const struct kho_image *image, enum kho_file_kind kind, int fd,
+		   struct kho_error **err);
+
 /* restore.c */
 /**
  * graph_read() - what the workload's iommufds hold, from the kernel into its image

@@ -28,8 +28,8 @@ static int fd_by_token(const struct kho_image *image, const int *fds, uint64_t t
 }
 
 /* The context with that device, by the name that the device's own descriptor tells. */
-static int find_device(struct khod *k, struct kho_graph *g, const struct kho_image_file *f, int fd,
-		       struct kho_error **err)
+static int find_device(struct khod *k, const struct kho_image *image, struct kho_graph *g,
+		       const struct kho_image_file *f, int fd, struct kho_error **err)
 {
 	char name[KHO_DEVICE_NAME_MAX + 1];
 	int r;
@@ -50,6 +50,8 @@ static int find_device(struct khod *k, struct kho_graph *g, const struct kho_ima
 			d->token = f->token;
 			return 0;
 		}
+	if (domain_explain(k, image, KHO_FILE_VFIO, fd, err) < 0)
+		return kho_error_new(err, EBUSY, f->name, "cannot be preserved");
 	return kho_error_new(err, EOPNOTSUPP, f->name,
 			     "is not bound to an iommufd of the workload: register that, too");
 }
@@ -116,7 +118,7 @@ int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct k
 		kho_image_file(image, i, &f);
 		if (f.kind != KHO_FILE_VFIO)
 			continue;
-		r = find_device(k, g, &f, fds[i], err);
+		r = find_device(k, image, g, &f, fds[i], err);
 		if (r < 0)
 			return r;
 	}

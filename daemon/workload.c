@@ -441,7 +441,9 @@ static int preserve_one(struct khod *k, struct workload *w, const struct kho_ima
 	khod_busy(k, f->size);
 	r = kho_luo_preserve(k->kho, w->session, fd, f->token, err);
 	if (r < 0) {
-		if (f->kind == KHO_FILE_IOMMUFD)
+		if (r == -EBUSY && !again)
+			(void)domain_explain(k, w->image, f->kind, fd, err);
+		else if (f->kind == KHO_FILE_IOMMUFD)
 			(void)kho_iommufd_obstacle(k->kho, fd, err);
 		/* To a client ENOENT means that there is no such workload. */
 		return kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f->name,

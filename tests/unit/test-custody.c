@@ -293,7 +293,7 @@ Test(custody, refusals_name_object_and_reason)
 
 	cr_assert(try_register(s, "vm2", &f, &err) == -EBUSY);
 	text = kho_error_format(err, 0);
-	cr_assert(strstr(text, "ram0") && strstr(text, "preserved already"), "%s", text);
+	cr_assert(strstr(text, "ram0: ") && strstr(text, "it is 'ram0' of workload vm1"), "%s", text);
 	free(text);
 	err = kho_error_free(err);
 

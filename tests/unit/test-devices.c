@@ -299,6 +299,45 @@ Test(devices, refusals_name_what_is_missing)
 	must_stop(sim);
 }
 
+/* One failure domain is one workload: what another one has already is refused, and whose it is. */
+Test(devices, shared_files_are_refused_by_name)
+{
+	struct kho_error *err = NULL;
+	struct client c;
+
+	client_new(&c);
+	for (int restarted = 0; restarted < 2; restarted++) {
+		const struct kho_client_file files[] = {
+			{ "mine", c.memfds[1] }, { "mine", c.ctx }, { "mine", c.dev[1] },
+		};
+		static const char *const names[] = { "ram1", "iommufd", "disk" };
+
+		must_start(sim);
+		if (!restarted)
+			must(try_register(&c, N_DEV, 2, &err), err, "register");
+		for (size_t i = 0; i < ARRAY_SIZE(files); i++) {
+			struct kho_client *k = dial(kho, sim);
+			int r = kho_client_register(k, "other", &files[i], 1, NULL, 0, &err);
+			char *text = kho_error_format(err, r), want[80];
+
+			snprintf(want, sizeof(want), "it is '%s' of workload vm;", names[i]);
+			cr_assert(r == -EBUSY && strstr(text, want), "%d: %s", r, text);
+			cr_assert(strcmp(kho_error_object(err), "mine") == 0);
+			free(text);
+			err = kho_error_free(err);
+			kho_client_free(k);
+		}
+		cr_assert(sim_store_count(sim) == 1 && sim_sessions(sim, false) == 1);
+		devices_are(true, "paging");
+		/* The same with a khod that has nothing but the session. */
+		must_stop(sim);
+	}
+	must_start(sim);
+	client_exit(&c);
+	must_claim(&known);
+	must_stop(sim);
+}
+
 /* Every fault point of a phase, with every N at which it fires. */
 static void sweep(const char *phase, void (*one)(const char *fault, bool *killed))
 {
