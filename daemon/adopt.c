@@ -46,7 +46,8 @@
  * devices, with the reason, goes into transit (from here on: decided); devices and
  * iommufds are closed, and the incoming session is given up instead of finished, which
  * together stops the devices; the memfds are moved like those of any other workload. There
- * is no third end, but for a workload whose memory cannot be retrieved either.
+ * is no third end for a workload with devices: if some of its memory cannot be retrieved, it
+ * is quiesced, too, and what is left of its memory is kept.
  *
  * A kexec that comes between restore and step 7 finds devices that no session has: the old
  * kernel stops them, and the next khod, which finds the image and the memfds in transit,
@@ -96,7 +97,8 @@ struct group {
 	struct kho_error *err;
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
-	struct kho_error *lost;		/* why a device or an iommufd is not there */
+	struct kho_error *lost;		/* why a file is not there, without which devices cannot go on */
+	bool missing[KHO_IMAGE_FILES_MAX];	/* memfds that are lost, by their place in the image */
 };
 
 static void transit_fdname(const char *workload, uint64_t token, char ret[FDSTORE_NAME_MAX])
@@ -409,7 +411,6 @@ static int find_file(struct khod *k, struct group *g, struct session *target, si
 	kho_error_new(err, r, f->name, "is missing");
 	if (f->kind == KHO_FILE_MEMFD)
 		return r;
-	/* Without a device the rest can go on, without memory it cannot. */
 	if (!g->lost)
 		g->lost = TAKE_PTR(*err);
 	*err = kho_error_free(*err);
@@ -454,8 +455,23 @@ static int find_files(struct khod *k, struct group *g, struct session *target, b
 		if ((f.kind == KHO_FILE_MEMFD && !mapped[i % n]) != unmapped)
 			continue;
 		r = find_file(k, g, target, i % n, &f, err);
-		if (r < 0)
+		if (r >= 0)
+			continue;
+		if (!kho_image_has_devices(w->image))
 			return r;
+		/*
+		 * Whoever has devices cannot wait until somebody looks after it: they write into
+		 * that memory. What the kernel could not restore it will not restore the next time
+		 * either; if that was not it, it will.
+		 */
+		*err = kho_error_free(*err);
+		r = find_file(k, g, target, i % n, &f, err);
+		if (r >= 0)
+			continue;
+		g->missing[i % n] = true;
+		if (!g->lost)
+			g->lost = TAKE_PTR(*err);
+		*err = kho_error_free(*err);
 	}
 	return 0;
 }
@@ -589,6 +605,9 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 		kho_image_file(w->image, i, &f);
 		kinds[i] = f.kind;
 	}
+	for (size_t i = n; i > 0; i--)
+		if (g->missing[i - 1])
+			kho_image_drop_file(w->image, i - 1);
 	kho_image_drop_devices(w->image);
 	kho_image_set_outcome(w->image, KHO_OUTCOME_QUIESCED, text);
 	if (!g->prepared)
@@ -596,7 +615,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 	/* w->fds goes with the files of the image. */
 	memcpy(fds, w->fds, n * sizeof(int));
 	for (size_t i = 0; i < n; i++)
-		if (kinds[i] == KHO_FILE_MEMFD)
+		if (kinds[i] == KHO_FILE_MEMFD && !g->missing[i])
 			w->fds[kept++] = fds[i];
 
 	fd = kho_image_write_memfd(k->kho, w->image, err);
@@ -619,7 +638,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 }
 
 /* Restored, or quiesced. */
-static int restore(struct khod *k, struct group *g, struct kho_error **err)
+static int restore(struct khod *k, struct group *g, struct session *target, struct kho_error **err)
 {
 	struct workload *w = g->w;
 	struct kho_error *why = NULL;
@@ -638,8 +657,12 @@ static int restore(struct khod *k, struct group *g, struct kho_error **err)
 			  "Workload %s is restored: its devices are under new page tables (%zu steps, %zu areas).",
 			  w->name, steps, kho_graph_n_areas(kho_image_graph(w->image)));
 	}
-	if (r < 0)
-		r = quiesce(k, g, why, err);
+	if (r < 0) {
+		/* What is kept is decided once, so all of it has to be there. */
+		r = find_files(k, g, target, true, err);
+		if (r >= 0)
+			r = quiesce(k, g, why, err);
+	}
 	kho_error_free(why);
 	return r < 0 ? r : 0;
 }
@@ -675,9 +698,12 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
 	if (r >= 0 && kho_image_has_devices(w->image))
-		r = restore(k, g, err);
+		r = restore(k, g, target, err);
 	if (r >= 0)
 		r = find_files(k, g, target, true, err);
+	/* Its devices go on, but nobody could make use of them. */
+	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
+		r = quiesce(k, g, g->lost, err);
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
 	if (r >= 0)

@@ -401,6 +401,15 @@ void kho_image_set_outcome(struct kho_image *image, enum kho_outcome outcome, co
 			*p = '?';
 }
 
+void kho_image_drop_file(struct kho_image *image, size_t index)
+{
+	if (index >= image->n_files)
+		return;
+	image->n_files--;
+	memmove(&image->files[index], &image->files[index + 1],
+		(image->n_files - index) * sizeof(*image->files));
+}
+
 void kho_image_drop_devices(struct kho_image *image)
 {
 	size_t n = 0;

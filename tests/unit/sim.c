@@ -33,6 +33,7 @@ struct token {
 	int fd;
 	ino_t ino;
 	bool retrieved;
+	bool lost;
 };
 
 struct session {
@@ -241,6 +242,8 @@ static int session_ioctl(struct sim *s, struct session *ss, struct sim_packet *p
 		t = token_find(ss, a->token);
 		if (!t)
 			return -ENOENT;
+		if (t->lost)
+			return -EIO;
 		t->retrieved = true;
 		*fd = fcntl(t->fd, F_DUPFD_CLOEXEC, 3);
 		return 0;
@@ -847,6 +850,19 @@ size_t sim_store_memfds(struct sim *s)
 		n += of_workload(&s->store[i]) && is_memfd(s->store[i].fd);
 	pthread_mutex_unlock(&s->lock);
 	return n;
+}
+
+void sim_lose(struct sim *s, unsigned long long token)
+{
+	pthread_mutex_lock(&s->lock);
+	for (int i = 0; i < MAX_SESSIONS; i++) {
+		struct session *ss = &s->sessions[i];
+		struct token *t = ss->used && ss->incoming ? token_find(ss, token) : NULL;
+
+		if (t)
+			t->lost = true;
+	}
+	pthread_mutex_unlock(&s->lock);
 }
 
 size_t sim_sessions(struct sim *s, bool incoming)

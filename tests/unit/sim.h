@@ -43,6 +43,9 @@ int sim_wait(struct sim *s);
 bool sim_killed(int status);
 pid_t sim_pid(struct sim *s);
 
+/* After a kexec: what was preserved under @token cannot be restored, now and ever after. */
+void sim_lose(struct sim *s, unsigned long long token);
+
 /* khod must not run. PID 1 hands its store over, the kernel its outgoing sessions. */
 void sim_kexec(struct sim *s);
 

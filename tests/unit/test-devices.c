@@ -529,6 +529,94 @@ Test(devices, unequal_tables_are_quiesced)
 	unequal("0000:02:00.0", "pci/0000:02:00.0");
 }
 
+/* All that is held is ram0, or nothing; why, names what is lost. */
+static void files_are(size_t n, const char *lost_file)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c = dial(kho, sim);
+	const struct kho_workload *vm;
+
+	cr_assert(kho_client_show(c, "vm", &w, NULL, NULL) == 0);
+	vm = kho_workloads_get(w, 0);
+	cr_assert(vm->n_files == n, "%zu files", vm->n_files);
+	cr_assert(n == 0 || strcmp(vm->files[0].name, "ram0") == 0);
+	cr_assert(strstr(vm->outcome_reason, lost_file), "%s", vm->outcome_reason);
+	kho_workloads_free(w);
+	kho_client_free(c);
+}
+
+/* Memory of a workload is lost, and its devices write into it: they are stopped, at once. */
+static void lost(bool all, const char *fault)
+{
+	int status;
+
+	registered();
+	sim_kexec(sim);
+	devices_are(true, NULL);
+	sim_lose(sim, 5);	/* ram1 */
+	if (all)
+		sim_lose(sim, 4);
+	if (fault) {
+		sim_start(sim, fault, NULL);
+		status = sim_wait(sim);
+		cr_assert(sim_killed(status), "%s never fired\n%s", fault, sim_log(sim));
+	}
+	for (int i = 0; i < 3; i++) {
+		must_start(sim);
+		cr_assert(must_rest("lost memory") == KHO_OUTCOME_QUIESCED);
+		files_are(!all, all ? "ram0" : "ram1");
+		must_stop(sim);
+		if (i > 0)
+			sim_kexec(sim);
+	}
+}
+
+Test(devices, lost_memory_stops_the_devices)
+{
+	static const char *const faults[] = { NULL, "quiesce-decided", "quiesce-stopped" };
+
+	for (int all = 0; all < 2; all++)
+		for (size_t i = 0; i < ARRAY_SIZE(faults); i++) {
+			lost(all, faults[i]);
+			again();
+		}
+}
+
+/* The devices are restored by then, but nobody could make use of them. */
+Test(devices, lost_memory_that_no_device_maps)
+{
+	struct kho_error *err = NULL;
+	struct kho_client *k;
+	struct client c;
+	int other = make_memfd(4096, 70);
+
+	client_new(&c);
+	must_start(sim);
+	k = dial(kho, sim);
+	{
+		struct kho_client_file files[] = {
+			{ "ram0", c.memfds[0] }, { "ram1", c.memfds[1] }, { "other", other },
+			{ "iommufd", c.ctx }, { "nic", c.dev[0] }, { "disk", c.dev[1] },
+		};
+
+		must(kho_client_register(k, "vm", files, ARRAY_SIZE(files), NULL, 0, &err), err,
+		     "register");
+	}
+	kho_client_free(k);
+	client_exit(&c);
+	close(other);
+	must_stop(sim);
+	sim_kexec(sim);
+	sim_lose(sim, 3);
+	for (int i = 0; i < 2; i++) {
+		must_start(sim);
+		cr_assert(must_rest("lost memory") == KHO_OUTCOME_QUIESCED);
+		files_are(2, "other");
+		must_stop(sim);
+		sim_kexec(sim);
+	}
+}
+
 /* A second workload, with a context and a device of its own. */
 static void register_other(void)
 {

@@ -177,6 +177,12 @@ enum kho_outcome kho_image_outcome(const struct kho_image *image);
 const char *kho_image_reason(const struct kho_image *image);
 /** kho_image_set_outcome() - @reason: one sentence, copied; NULL: none */
 void kho_image_set_outcome(struct kho_image *image, enum kho_outcome outcome, const char *reason);
+/**
+ * kho_image_drop_file() - of a memfd that is lost nothing is said any more
+ * @image: image
+ * @index: which one; the later ones move up. A graph that has it must be dropped, too
+ */
+void kho_image_drop_file(struct kho_image *image, size_t index);
 /** kho_image_drop_devices() - only the memfds are left: no iommufd, no device, no graph */
 void kho_image_drop_devices(struct kho_image *image);
 
