@@ -16,6 +16,10 @@
  *  quiesced	khod could not, and has stopped the device: the memfd is what is left, so go on
  *		counting in it with a new ring;
  *		acknowledge; then register, for the next kexec or crash of this program.
+ * With several devices (--device more than once) each has a part of the memfd for its ring,
+ * buffers and counters, and all are in one IOAS: the first one with a page table of its own, the
+ * others with the one that the kernel makes by itself.
+ *
  * --alone: without khod, to see what gets lost then.
  * SIGTERM:	write the counts, exit. The device goes on: khod has it.
  *
@@ -34,6 +38,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -45,11 +50,11 @@
 #define N_DESC 65528u		/* the most there can be: RDLEN has 20 bits */
 #define BUF_SIZE 256u
 
-/* What is where in the memfd. The ring has to be contiguous where there is no IOMMU: one huge page. */
+/* What is where in a device's part of the memfd. The ring has to be contiguous where there is no IOMMU: one huge page. */
 #define RING_OFF UINT64_C(0)
 #define BUF_OFF (2 * MIB)
 #define STATE_OFF (18 * MIB)
-#define MEM_SIZE (20 * MIB)
+#define PART_SIZE (20 * MIB)
 #define N_PAGES (STATE_OFF / PAGE)
 #define IOVA UINT64_C(0x100000000)
 
@@ -58,6 +63,7 @@
 #define VFIO_NOIOMMU "/dev/vfio/devices/noiommu-vfio0"
 
 #define STATE_MAGIC UINT64_C(0x3263696e646f686b)
+#define MAX_PORTS 4
 #define REGION_BAR0 0
 #define REGION_CONFIG 7
 
@@ -80,21 +86,33 @@ struct state {
 	uint32_t noiommu;	/* the device is told physical addresses, not IOVAs */
 	uint64_t at[N_PAGES];	/* where the device was told that the pages are */
 };
-_Static_assert(sizeof(struct state) <= MEM_SIZE - STATE_OFF, "the state fits");
+_Static_assert(sizeof(struct state) <= PART_SIZE - STATE_OFF, "the state fits");
+
+/* One device. */
+struct port {
+	int dev;
+	uint64_t iova;		/* of its part of the memfd */
+	uint8_t *mem;
+	struct e1000e_rxd *ring;
+	struct state *state;
+	volatile uint8_t *bar;
+};
 
 struct nic {
 	struct kho *kho;
 	struct kho_client *client;
 	const char *workload;
 	const char *status_path;
-	int memfd, iommufd, dev;
+	const char *devices[MAX_PORTS];
+	int memfd, iommufd;
 	uint32_t ioas;
-	uint8_t *mem;
-	struct e1000e_rxd *ring;
-	struct state *state;
-	volatile uint8_t *bar;
+	struct port ports[MAX_PORTS];
+	size_t n_ports;
 	uint32_t handovers;
 };
+
+/* The client's names of the devices' files. */
+static const char *const names[MAX_PORTS] = { "device", "device1", "device2", "device3" };
 
 static volatile sig_atomic_t stop;
 
@@ -112,82 +130,102 @@ static _Noreturn void die(const char *what, int r, struct kho_error *err)
 	exit(EXIT_FAILURE);
 }
 
-static void reg_write(struct nic *n, uint32_t reg, uint32_t value)
+static void reg_write(struct port *p, uint32_t reg, uint32_t value)
 {
-	*(volatile uint32_t *)(n->bar + reg) = value;
+	*(volatile uint32_t *)(p->bar + reg) = value;
 }
 
-static uint32_t reg_read(struct nic *n, uint32_t reg)
+static uint32_t reg_read(struct port *p, uint32_t reg)
 {
-	return *(volatile uint32_t *)(n->bar + reg);
+	return *(volatile uint32_t *)(p->bar + reg);
 }
 
 /* At an address at which huge pages can be used: the ring must be one. */
 static void map_memory(struct nic *n)
 {
-	uint8_t *p = mmap(NULL, MEM_SIZE + 2 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	size_t size = n->n_ports * PART_SIZE;
+	uint8_t *mem = mmap(NULL, size + 2 * MIB, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	if (p == MAP_FAILED)
+	if (mem == MAP_FAILED)
 		die("mmap", -errno, NULL);
-	p = (uint8_t *)(((uintptr_t)p + 2 * MIB - 1) & ~(uintptr_t)(2 * MIB - 1));
-	n->mem = mmap(p, MEM_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, n->memfd, 0);
-	if (n->mem == MAP_FAILED)
+	mem = (uint8_t *)(((uintptr_t)mem + 2 * MIB - 1) & ~(uintptr_t)(2 * MIB - 1));
+	mem = mmap(mem, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, n->memfd, 0);
+	if (mem == MAP_FAILED)
 		die("mmap", -errno, NULL);
-	(void)madvise(n->mem, MEM_SIZE, MADV_HUGEPAGE);
-	n->ring = (struct e1000e_rxd *)(n->mem + RING_OFF);
-	n->state = (struct state *)(n->mem + STATE_OFF);
+	(void)madvise(mem, size, MADV_HUGEPAGE);
+	for (size_t i = 0; i < n->n_ports; i++) {
+		struct port *p = &n->ports[i];
+
+		p->mem = mem + i * PART_SIZE;
+		p->iova = IOVA + i * PART_SIZE;
+		p->ring = (struct e1000e_rxd *)(p->mem + RING_OFF);
+		p->state = (struct state *)(p->mem + STATE_OFF);
+	}
 }
 
 static void new_memory(struct nic *n)
 {
 	n->memfd = memfd_create("nic", MFD_CLOEXEC);
-	if (n->memfd < 0 || ftruncate(n->memfd, MEM_SIZE) < 0)
+	if (n->memfd < 0 || ftruncate(n->memfd, n->n_ports * PART_SIZE) < 0)
 		die("memfd", -errno, NULL);
 	map_memory(n);
-	memset(n->mem, 0, MEM_SIZE);
-	n->state->magic = STATE_MAGIC;
+	for (size_t i = 0; i < n->n_ports; i++) {
+		memset(n->ports[i].mem, 0, PART_SIZE);
+		n->ports[i].state->magic = STATE_MAGIC;
+	}
 }
 
-static void map_bar(struct nic *n)
+static void map_bar(struct nic *n, struct port *p)
 {
 	struct kho_error *err = NULL;
 	uint64_t offset, size;
-	int r = kho_vfio_region(n->kho, n->dev, REGION_BAR0, &offset, &size, &err);
+	int r = kho_vfio_region(n->kho, p->dev, REGION_BAR0, &offset, &size, &err);
 
 	if (r < 0)
 		die("BAR 0", r, err);
-	n->bar = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, n->dev, offset);
-	if (n->bar == MAP_FAILED)
+	p->bar = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, p->dev, offset);
+	if (p->bar == MAP_FAILED)
 		die("BAR 0", -errno, NULL);
 }
 
-/* The memfd, at the one IOVA, in a new IOAS, with a page table of its own for the device. */
-static void new_ioas(struct nic *n, uint32_t dev_id)
+/* The memfd, at the one IOVA, in a new IOAS. */
+static void new_ioas(struct nic *n)
 {
 	struct kho_error *err = NULL;
-	uint32_t hwpt;
 	int r;
 
 	r = kho_iommufd_ioas_alloc(n->kho, n->iommufd, &n->ioas, &err);
 	if (r >= 0)
-		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, MEM_SIZE, IOVA,
+		r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0,
+					 n->n_ports * PART_SIZE, IOVA,
 					 KHO_AREA_READABLE | KHO_AREA_WRITEABLE, &err);
-	if (r >= 0)
-		r = kho_iommufd_hwpt_alloc(n->kho, n->iommufd, dev_id, n->ioas, 0, &hwpt, &err);
-	if (r >= 0)
-		r = kho_vfio_attach(n->kho, n->dev, &hwpt, false, &err);
 	if (r < 0)
 		die("mappings", r, err);
 }
 
-/* Where the device finds a page of the memfd. */
-static uint64_t dma_address(struct nic *n, uint64_t page)
+/* Under a page table of its own, or the one that comes with the IOAS. */
+static void attach(struct nic *n, struct port *p, uint32_t dev_id, bool own)
 {
-	uint64_t iova = IOVA + page * PAGE, pa;
+	struct kho_error *err = NULL;
+	uint32_t pt = n->ioas;
+	int r = 0;
+
+	if (own)
+		r = kho_iommufd_hwpt_alloc(n->kho, n->iommufd, dev_id, n->ioas, 0, &pt, &err);
+	if (r >= 0)
+		r = kho_vfio_attach(n->kho, p->dev, &pt, false, &err);
+	if (r < 0)
+		die("page table", r, err);
+}
+
+/* Where the device finds a page of its part of the memfd. */
+static uint64_t dma_address(struct nic *n, struct port *p, uint64_t page)
+{
+	uint64_t iova = p->iova + page * PAGE, pa;
 	struct kho_error *err = NULL;
 	int r;
 
-	if (!n->state->noiommu)
+	if (!p->state->noiommu)
 		return iova;
 	r = kho_iommufd_noiommu_pa(n->kho, n->iommufd, n->ioas, iova, &pa, &err);
 	if (r < 0)
@@ -195,45 +233,45 @@ static uint64_t dma_address(struct nic *n, uint64_t page)
 	return pa;
 }
 
-static void start_device(struct nic *n)
+static void start_device(struct nic *n, struct port *p)
 {
 	struct kho_error *err = NULL;
 	uint64_t offset, size;
 	uint16_t command;
 	int r;
 
-	r = kho_vfio_region(n->kho, n->dev, REGION_CONFIG, &offset, &size, &err);
+	r = kho_vfio_region(n->kho, p->dev, REGION_CONFIG, &offset, &size, &err);
 	if (r < 0)
 		die("configuration space", r, err);
-	if (pread(n->dev, &command, 2, offset + 4) != 2)
+	if (pread(p->dev, &command, 2, offset + 4) != 2)
 		die("configuration space", -errno, NULL);
 	command |= 6;	/* memory, bus master */
-	if (pwrite(n->dev, &command, 2, offset + 4) != 2)
+	if (pwrite(p->dev, &command, 2, offset + 4) != 2)
 		die("configuration space", -errno, NULL);
 
 	for (uint64_t i = 0; i < N_PAGES; i++)
-		n->state->at[i] = dma_address(n, i);
+		p->state->at[i] = dma_address(n, p, i);
 	for (uint64_t i = 1; i < N_DESC * sizeof(struct e1000e_rxd) / PAGE; i++)
-		if (n->state->at[i] != n->state->at[i - 1] + PAGE)
+		if (p->state->at[i] != p->state->at[i - 1] + PAGE)
 			die("the ring is not contiguous in physical memory; allow huge pages in /sys/kernel/mm/transparent_hugepage/shmem_enabled",
 			    -ENOMEM, NULL);
 	for (uint32_t i = 0; i < N_DESC; i++) {
 		uint64_t at = BUF_OFF + (uint64_t)i * BUF_SIZE;
 
-		n->ring[i] = (struct e1000e_rxd){ .addr = n->state->at[at / PAGE] + at % PAGE };
+		p->ring[i] = (struct e1000e_rxd){ .addr = p->state->at[at / PAGE] + at % PAGE };
 	}
 
-	reg_write(n, E1000E_IMC, UINT32_MAX);
-	reg_write(n, E1000E_RCTL, 0);
-	reg_write(n, E1000E_CTRL, reg_read(n, E1000E_CTRL) | E1000E_CTRL_SLU);
-	reg_write(n, E1000E_RFCTL, 0);
-	reg_write(n, E1000E_RDBAL, (uint32_t)n->state->at[0]);
-	reg_write(n, E1000E_RDBAH, n->state->at[0] >> 32);
-	reg_write(n, E1000E_RDLEN, N_DESC * sizeof(struct e1000e_rxd));
-	reg_write(n, E1000E_RDH, 0);
-	n->state->tail = N_DESC - 1;
-	reg_write(n, E1000E_RDT, n->state->tail);
-	reg_write(n, E1000E_RCTL, E1000E_RCTL_EN | E1000E_RCTL_UPE | E1000E_RCTL_MPE |
+	reg_write(p, E1000E_IMC, UINT32_MAX);
+	reg_write(p, E1000E_RCTL, 0);
+	reg_write(p, E1000E_CTRL, reg_read(p, E1000E_CTRL) | E1000E_CTRL_SLU);
+	reg_write(p, E1000E_RFCTL, 0);
+	reg_write(p, E1000E_RDBAL, (uint32_t)p->state->at[0]);
+	reg_write(p, E1000E_RDBAH, p->state->at[0] >> 32);
+	reg_write(p, E1000E_RDLEN, N_DESC * sizeof(struct e1000e_rxd));
+	reg_write(p, E1000E_RDH, 0);
+	p->state->tail = N_DESC - 1;
+	reg_write(p, E1000E_RDT, p->state->tail);
+	reg_write(p, E1000E_RCTL, E1000E_RCTL_EN | E1000E_RCTL_UPE | E1000E_RCTL_MPE |
 		  E1000E_RCTL_BAM | E1000E_RCTL_BSIZE_256 | E1000E_RCTL_SECRC);
 }
 
@@ -257,14 +295,14 @@ static void count(struct state *s, const struct e1000e_rxd *d, const uint8_t *fr
 }
 
 /* Take every packet out of the ring; give the descriptors back if there is a BAR. */
-static uint64_t receive(struct nic *n)
+static uint64_t receive_one(struct port *p)
 {
-	struct state *s = n->state;
+	struct state *s = p->state;
 	uint64_t taken = 0;
 
 	while (taken < N_DESC) {
-		struct e1000e_rxd *d = &n->ring[s->next];
-		uint8_t *frame = n->mem + BUF_OFF + (uint64_t)s->next * BUF_SIZE;
+		struct e1000e_rxd *d = &p->ring[s->next];
+		uint8_t *frame = p->mem + BUF_OFF + (uint64_t)s->next * BUF_SIZE;
 
 		if (!(__atomic_load_n(&d->status, __ATOMIC_ACQUIRE) & E1000E_RXD_DD))
 			break;
@@ -275,20 +313,37 @@ static uint64_t receive(struct nic *n)
 		s->next = (s->next + 1) % N_DESC;
 		taken++;
 	}
-	if (taken > 0 && n->bar) {
+	if (taken > 0 && p->bar) {
 		__atomic_thread_fence(__ATOMIC_SEQ_CST);
-		reg_write(n, E1000E_RDT, s->tail);
+		reg_write(p, E1000E_RDT, s->tail);
 	}
 	return taken;
 }
 
+static void receive(struct nic *n)
+{
+	for (size_t i = 0; i < n->n_ports; i++)
+		(void)receive_one(&n->ports[i]);
+}
+
+/* The sum of what all devices received. */
 static void write_status(struct nic *n, const char *what)
 {
-	struct state *s = n->state;
+	struct state sum = {};
 	struct utsname uts = {};
 	char tmp[256];
 	FILE *f;
 
+	for (size_t i = 0; i < n->n_ports; i++) {
+		const struct state *s = n->ports[i].state;
+
+		sum.seen += s->seen;
+		sum.lost += s->lost;
+		sum.duplicates += s->duplicates;
+		sum.foreign += s->foreign;
+		sum.expect += s->expect;
+		sum.in_ring += s->in_ring;
+	}
 	(void)uname(&uts);
 	snprintf(tmp, sizeof(tmp), "%s.new", n->status_path);
 	f = fopen(tmp, "we");
@@ -296,8 +351,8 @@ static void write_status(struct nic *n, const char *what)
 		die(tmp, -errno, NULL);
 	fprintf(f, "status=%s\nkernel=%s\nstarts=%" PRIu64 "\nhandovers=%" PRIu32 "\nseen=%" PRIu64
 		"\nlost=%" PRIu64 "\nduplicates=%" PRIu64 "\nforeign=%" PRIu64 "\nnext=%" PRIu64
-		"\nin_ring=%" PRIu64 "\n", what, uts.release, s->starts, n->handovers, s->seen,
-		s->lost, s->duplicates, s->foreign, s->expect, s->in_ring);
+		"\nin_ring=%" PRIu64 "\n", what, uts.release, n->ports[0].state->starts, n->handovers,
+		sum.seen, sum.lost, sum.duplicates, sum.foreign, sum.expect, sum.in_ring);
 	if (fclose(f) != 0 || rename(tmp, n->status_path) < 0)
 		die(n->status_path, -errno, NULL);
 }
@@ -312,10 +367,15 @@ static int take(struct kho_claim *claim, const char *name)
 
 static void take_memory(struct nic *n, struct kho_claim *claim)
 {
+	struct stat st;
+
 	n->memfd = take(claim, "memory");
+	if (fstat(n->memfd, &st) < 0 || (size_t)st.st_size != n->n_ports * PART_SIZE)
+		die("the claimed memory is of another number of devices", -EINVAL, NULL);
 	map_memory(n);
-	if (n->state->magic != STATE_MAGIC)
-		die("the claimed memory is not this program's", -EINVAL, NULL);
+	for (size_t i = 0; i < n->n_ports; i++)
+		if (n->ports[i].state->magic != STATE_MAGIC)
+			die("the claimed memory is not this program's", -EINVAL, NULL);
 	n->handovers = kho_claim_handovers(claim);
 }
 
@@ -334,19 +394,27 @@ static void resume(struct nic *n, struct kho_claim *claim)
 {
 	take_memory(n, claim);
 	n->iommufd = take(claim, "iommufd");
-	n->dev = take(claim, "device");
-	n->state->in_ring = receive(n);
-	n->ioas = kho_claim_id(claim, "iommufd", n->state->ioas);
+	n->ioas = kho_claim_id(claim, "iommufd", n->ports[0].state->ioas);
 	if (!n->ioas)
 		die("the IOAS is not there any more", -ENOENT, NULL);
-	for (uint64_t i = 0; i < N_PAGES; i++)
-		if (dma_address(n, i) != n->state->at[i])
-			die("a page under the device has moved", -EFAULT, NULL);
+	for (size_t i = 0; i < n->n_ports; i++) {
+		struct port *p = &n->ports[i];
+
+		p->dev = take(claim, names[i]);
+		p->state->in_ring = receive_one(p);
+		for (uint64_t k = 0; k < N_PAGES; k++)
+			if (dma_address(n, p, k) != p->state->at[k])
+				die("a page under the device has moved", -EFAULT, NULL);
+	}
 	/* Until here nothing has changed, and the next one could claim it. */
 	acknowledge(n, claim);
-	n->state->ioas = n->ioas;
-	map_bar(n);
-	reg_write(n, E1000E_RDT, n->state->tail);
+	for (size_t i = 0; i < n->n_ports; i++) {
+		struct port *p = &n->ports[i];
+
+		p->state->ioas = n->ioas;
+		map_bar(n, p);
+		reg_write(p, E1000E_RDT, p->state->tail);
+	}
 }
 
 /* drivers/vfio/vfio_main.c names the nodes of devices without an IOMMU like this. */
@@ -356,7 +424,7 @@ static bool is_noiommu(const char *device)
 }
 
 /* The memory is there; the rest is new. */
-static void start(struct nic *n, const char *device)
+static void start(struct nic *n)
 {
 	struct kho_error *err = NULL;
 	uint32_t id;
@@ -365,30 +433,37 @@ static void start(struct nic *n, const char *device)
 	n->iommufd = kho_iommufd_open(n->kho, &err);
 	if (n->iommufd < 0)
 		die("iommufd", n->iommufd, err);
-	n->dev = kho_vfio_open(n->kho, device, &err);
-	if (n->dev < 0)
-		die("device", n->dev, err);
-	r = kho_vfio_bind(n->kho, n->dev, n->iommufd, &id, &err);
-	if (r < 0)
-		die("device", r, err);
-	new_ioas(n, id);
-	n->state->ioas = n->ioas;
-	n->state->noiommu = is_noiommu(device);
-	n->state->next = 0;
-	map_bar(n);
-	start_device(n);
+	new_ioas(n);
+	for (size_t i = 0; i < n->n_ports; i++) {
+		struct port *p = &n->ports[i];
+
+		p->dev = kho_vfio_open(n->kho, n->devices[i], &err);
+		if (p->dev < 0)
+			die("device", p->dev, err);
+		r = kho_vfio_bind(n->kho, p->dev, n->iommufd, &id, &err);
+		if (r < 0)
+			die("device", r, err);
+		attach(n, p, id, i == 0);
+		p->state->ioas = n->ioas;
+		p->state->noiommu = is_noiommu(n->devices[i]);
+		p->state->next = 0;
+		map_bar(n, p);
+		start_device(n, p);
+	}
 }
 
 static void registration(struct nic *n)
 {
-	struct kho_client_file files[] = {
+	struct kho_client_file files[2 + MAX_PORTS] = {
 		{ .name = "memory", .fd = n->memfd },
 		{ .name = "iommufd", .fd = n->iommufd },
-		{ .name = "device", .fd = n->dev },
 	};
 	struct kho_error *err = NULL;
-	int r = kho_client_register(n->client, n->workload, files, 3, NULL, 0, &err);
+	int r;
 
+	for (size_t i = 0; i < n->n_ports; i++)
+		files[2 + i] = (struct kho_client_file){ .name = names[i], .fd = n->ports[i].dev };
+	r = kho_client_register(n->client, n->workload, files, 2 + n->n_ports, NULL, 0, &err);
 	if (r < 0)
 		die("register", r, err);
 }
@@ -404,8 +479,8 @@ int main(int argc, char **argv)
 		{},
 	};
 	struct nic n = { .workload = "nic", .status_path = "/run/nic.status", .memfd = -1,
-			 .iommufd = -1, .dev = -1 };
-	const char *device = NULL, *socket_path = NULL;
+			 .iommufd = -1 };
+	const char *socket_path = NULL;
 	struct sigaction sa = { .sa_handler = on_signal };
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
@@ -419,7 +494,9 @@ int main(int argc, char **argv)
 			alone = true;
 			break;
 		case 'd':
-			device = optarg;
+			if (n.n_ports == MAX_PORTS)
+				die("--device", -E2BIG, NULL);
+			n.devices[n.n_ports++] = optarg;
 			break;
 		case 'n':
 			n.workload = optarg;
@@ -434,8 +511,8 @@ int main(int argc, char **argv)
 			return 2;
 		}
 	}
-	if (!device)
-		device = access(VFIO_NOIOMMU, F_OK) == 0 ? VFIO_NOIOMMU : VFIO;
+	if (n.n_ports == 0)
+		n.devices[n.n_ports++] = access(VFIO_NOIOMMU, F_OK) == 0 ? VFIO_NOIOMMU : VFIO;
 	(void)sigaction(SIGTERM, &sa, NULL);
 	(void)sigaction(SIGINT, &sa, NULL);
 
@@ -454,19 +531,21 @@ int main(int argc, char **argv)
 		fprintf(stderr, "nic: the device was stopped by the handover: %s\n",
 			kho_claim_reason(claim));
 		take_memory(&n, claim);
-		n.state->in_ring = receive(&n);
+		for (size_t i = 0; i < n.n_ports; i++)
+			n.ports[i].state->in_ring = receive_one(&n.ports[i]);
 		acknowledge(&n, claim);
-		start(&n, device);
+		start(&n);
 	} else if (r == 0) {
 		resume(&n, claim);
 	} else if (r == -ENOENT) {
 		err = kho_error_free(err);
 		new_memory(&n);
-		start(&n, device);
+		start(&n);
 	} else {
 		die("claim", r, err);
 	}
-	n.state->starts++;
+	for (size_t i = 0; i < n.n_ports; i++)
+		n.ports[i].state->starts++;
 	if (!alone)
 		registration(&n);
 	n.client = kho_client_free(n.client);

@@ -47,8 +47,8 @@ class Counts:
         return sum(span[0] <= t < span[1] for t in self.sent_at)
 
 
-def status(vm) -> dict:
-    rows = vm.run(f"cat {STATUS}").out.splitlines()
+def status(vm, path=STATUS) -> dict:
+    rows = vm.run(f"cat {path}").out.splitlines()
     got = dict(r.split("=", 1) for r in rows)
     return {k: int(v) if v.isdigit() else v for k, v in got.items()}
 

@@ -218,3 +218,79 @@ def packets_are_lost_without_khod(ctx):
         expect(judge(c), "nothing of the device was preserved, and yet nothing was lost")
         expect(c.dma_in(c.dark) == 0 and c.lost > 0,
                f"it fails, but not on packets: {'; '.join(judge(c))}")
+
+
+NIC = "/usr/lib/khod/tests/nic"
+# Workload: its user and its devices, by slot; "nic" is lab-nic.service's.
+OTHERS = {"pair": ("daemon", ("02", "03")), "idle": ("games", ("04",))}
+
+
+def start_driver(vm, name):
+    """The driver of @name as a service of its user, in a unit that has the same name each time."""
+    user, slots = OTHERS[name]
+    vm.run(f"""chmod 666 /dev/iommu; set --
+for s in {' '.join(slots)}; do
+	d=/sys/bus/pci/devices/0000:$s:00.0
+	[ -e $d/driver ] || {{ echo vfio-pci > $d/driver_override; echo 0000:$s:00.0 > /sys/bus/pci/drivers_probe; }}
+	node=/dev/vfio/devices/$(ls $d/vfio-dev)
+	chown {user} $node
+	set -- "$@" --device $node
+done
+systemd-run --quiet --collect --unit=lab-{name} -p User={user} -p LimitMEMLOCK=infinity \
+	-p RuntimeDirectory=lab-{name} -p After=khod-restored.target \
+	{NIC} --name {name} --status /run/lab-{name}/status "$@"
+for i in $(seq 300); do grep -qs status=running /run/lab-{name}/status && exit 0; sleep 0.2; done
+journalctl --no-pager -n 20 -u lab-{name} >&2; exit 1""", 120)
+
+
+def counted(vm, path, sent):
+    """What a driver has counted, once it has seen all that was sent."""
+    end = time.monotonic() + 60
+    while True:
+        got = nic.status(vm, path)
+        if got["next"] >= sent or time.monotonic() > end:
+            return got
+        time.sleep(0.5)
+
+
+@test(part="nic", kernels=A_AND_B)
+def several_workloads_of_different_users(ctx):
+    """Three users' over two kexecs: claimed at once, late, and not before the third kernel.
+
+    One has two devices on one IOAS, under a page table of its own and under the automatic one.
+    """
+    with ctx.vm(memory="1G", machine="vtd-scalable", devices=["e1000e"] * 4, append="lab.nic",
+                trace=nic.EVENTS) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        for name in OTHERS:
+            start_driver(vm, name)
+        senders = [Sender(s, 200, vm.dir / f"sent{i}") for i, s in enumerate(vm.senders)]
+        time.sleep(2)
+        for round_ in (1, 2):
+            vm.kexec(ctx.kernel(release="-b" if round_ == 1 else ""))
+            khod.settled()
+            nic.wait_running(vm, 180)
+            for name in OTHERS:
+                w = json.loads(vm.run(f"khoctl show {name} --json").out)
+                expect(w["outcome"] == "restored", w)
+                expect(w["handovers"] == (round_ if name == "idle" else 1), w)
+            t = json.loads(vm.run("khoctl timeline --json").out)
+            expect([w["name"] for w in t["workloads"]] == ["idle", "nic", "pair"], t["workloads"])
+            time.sleep(2)
+            start_driver(vm, "pair")
+            refused = vm.run("runuser -u games -- khoctl claim pair -- true", check=False)
+            expect(refused.status == 4 or "another user" in refused.err, refused.err)
+        start_driver(vm, "idle")
+        time.sleep(2)
+        sent = [len(s.stop()) for s in senders]
+        total = 0
+        for name, path, n in (("nic", nic.STATUS, sent[0]), ("pair", "/run/lab-pair/status", sent[1] + sent[2]),
+                              ("idle", "/run/lab-idle/status", sent[3])):
+            got = counted(vm, path, n)
+            expect(got["seen"] == n and not (got["lost"] or got["duplicates"] or got["foreign"]),
+                   f"{name}: {n} packets sent, {got}")
+            total += n
+        dma = nic.dma_times(vm)
+        expect(len(dma) == total, f"{total} packets sent, {len(dma)} written by DMA")
+        ctx.figure("packets", f"{total} sent to 4 devices, {len(dma)} by DMA, all seen")
