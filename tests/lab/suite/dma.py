@@ -237,10 +237,16 @@ def every_vector_pending_in_the_blackout_fires(ctx):
     pending(ctx)
 
 
-def pending(ctx, options="", **kw):
-    """How many vectors fired of those that became pending in the blackout, and nowhere else."""
-    run = Run(ctx, device="nvme", mode="pending", options=f"dma.irq=1 {options}", **kw)
-    run.undisturbed(1)
+@test(part="dma")
+def every_vector_pending_fires_after_two_kexecs(ctx):
+    """Nobody claims the device in the kernel between: what became pending before it is not lost."""
+    pending(ctx, "dma.unclaimed=1", kexecs=2)
+
+
+def pending(ctx, options="", kexecs=1, **kw):
+    """How many vectors fired of those that became pending in the first blackout, and nowhere else."""
+    run = Run(ctx, device="nvme", mode="pending", options=f"dma.irq=1 {options}", kexecs=kexecs, **kw)
+    run.undisturbed(kexecs)
     begin, end = run.blackouts()[0]
     # Each queue has twenty reads; how many of the first complete before reboot(2) is chance.
     queues = {m.group(1) for e in run.trace({"pci_nvme_enqueue_req_completion"})

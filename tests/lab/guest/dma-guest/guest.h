@@ -17,6 +17,8 @@
  *   dma.mode=    what to do instead of the plain run, see modes.c
  *   dma.kexecs=N how many to do in a row
  *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
+ *   dma.unclaimed=1 the kernels between the first and the last take everything back as an
+ *                agent does: no interrupts are set up, the BAR is not mapped
  *   dma.fill=1   fill free memory before anything is retrieved
  *   dma.more=1   preserve memory that the device does not need, and retrieve it after
  *                the device

@@ -130,8 +130,8 @@ static void check_pending(void)
 	    fired >= used ? "ok" : "FAIL", fired, used, (unsigned long long)n);
 }
 
-/* Any later kernel: take everything back. */
-static void take_back(int stage, bool irq, bool fill)
+/* Any later kernel: take everything back. Without @claim as an agent does for somebody else. */
+static void take_back(int stage, bool irq, bool fill, bool claim)
 {
 	uint32_t frozen_id;
 	int fd, other;
@@ -156,7 +156,8 @@ static void take_back(int stage, bool irq, bool fill)
 	if (mode->dies)
 		mode->bound();
 	must(try_bind(), "bind");
-	map_bar();
+	if (claim)
+		map_bar();
 	replace_unequal();
 	if (mode->bound)
 		mode->bound();
@@ -166,11 +167,12 @@ static void take_back(int stage, bool irq, bool fill)
 	if (mode->replaced)
 		mode->replaced();
 	check_pages();
-	if (irq) {
+	if (irq && claim) {
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
 		check_pending();
 	}
-	driver->resume();
+	if (claim)
+		driver->resume();
 	for (int i = 0; i < 2 && (frozen_id = find_frozen()); i++)
 		try_destroy(frozen_id, 0, "destroy the frozen HWPT");
 	if (atoi(param("dma.more", "0"))) {
@@ -183,13 +185,14 @@ static void take_back(int stage, bool irq, bool fill)
 	say("BACK");
 }
 
-static void handover(int stage, int left)
+static void handover(int stage, int left, bool claimed)
 {
 	load_kernel(stage + 1, left - 1, param("dma.next", ""));
 	create_session("dma");
 	preserve_all();
-	run_for(0.5);
-	if (mode->last)
+	if (claimed)
+		run_for(0.5);
+	if (claimed && mode->last)
 		mode->last();
 	do_kexec();
 	die("kexec");
@@ -197,6 +200,8 @@ static void handover(int stage, int left)
 
 static void run(int stage, int left, bool irq, bool fill)
 {
+	bool claim = stage == 1 || left == 0 || !atoi(param("dma.unclaimed", "0"));
+
 	if (stage == 1) {
 		first(irq);
 		run_for(2);
@@ -205,12 +210,13 @@ static void run(int stage, int left, bool irq, bool fill)
 	} else if (mode->next) {
 		mode->next(stage);
 	} else {
-		take_back(stage, irq, fill);
-		run_for(2);
+		take_back(stage, irq, fill, claim);
+		if (claim)
+			run_for(2);
 		check_filler();
 	}
 	if (left > 0 && !mode->stays)
-		handover(stage, left);
+		handover(stage, left, claim);
 
 	say("STOP");
 	stopping = true;
