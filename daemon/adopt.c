@@ -98,6 +98,7 @@ struct group {
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	struct kho_error *lost;		/* why a file is not there, without which devices cannot go on */
+	bool memory_lost;		/* @lost is about the first of these: */
 	bool missing[KHO_IMAGE_FILES_MAX];	/* memfds that are lost, by their place in the image */
 };
 
@@ -468,10 +469,13 @@ static int find_files(struct khod *k, struct group *g, struct session *target, b
 		r = find_file(k, g, target, i % n, &f, err);
 		if (r >= 0)
 			continue;
-		g->missing[i % n] = true;
-		if (!g->lost)
+		/* Of all that is lost, that is what its client has to know. */
+		if (!g->memory_lost) {
+			kho_error_free(g->lost);
 			g->lost = TAKE_PTR(*err);
+		}
 		*err = kho_error_free(*err);
+		g->missing[i % n] = g->memory_lost = true;
 	}
 	return 0;
 }

@@ -449,7 +449,11 @@ static void kill_after_kexec(const char *fault, bool *killed, bool refuse, int v
 		}
 		got = must_rest(fault);
 		one_more = true;
-		(void)got;
+		/* The incoming session was not finished yet: what it had is lost with the kernel. */
+		if (got == KHO_OUTCOME_QUIESCED && strstr(reason, "ram0: is missing")) {
+			must_stop(sim);
+			return;
+		}
 	} else {
 		must_start(sim);
 		got = must_rest(fault);
