@@ -67,6 +67,7 @@ static void finish(struct khod *k, int r, const char *object, const char *reason
 	h->done = NULL;
 	(void)sd_event_source_set_enabled(h->timer, SD_EVENT_OFF);
 	if (r >= 0) {
+		timeline_note(k, KHO_MARK_PREPARED);
 		FAULT(HANDOVER_DONE);
 		log_event(LOG_NOTICE, MSG_PREPARED, NULL,
 			  "Handover %" PRIu64 " is prepared%s: a kexec may come.", h->number,
@@ -103,6 +104,7 @@ static int undo(struct khod *k, const char *reason, struct kho_error **err)
 	struct kho_error *e = NULL;
 	int r = 0, r1;
 
+	timeline_note(k, KHO_MARK_ABORTED);
 	FAULT(ABORT_BEGIN);
 	for (struct workload *w = k->workloads; w; w = w->next) {
 		r1 = undo_one(k, w, reason, &e);
@@ -209,6 +211,7 @@ int handover_begin(struct khod *k, uint32_t limit_msec, bool force, handover_don
 	h->force = force;
 	h->done = done;
 	h->userdata = userdata;
+	timeline_note(k, KHO_MARK_PREPARING);
 	for (struct workload *w = k->workloads; h->asking && w; w = w->next)
 		if (w->client && w->prepare == PREPARE_NONE && w->state != WORKLOAD_FAILED)
 			ask(k, w, limit_msec);

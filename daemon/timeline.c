@@ -195,23 +195,33 @@ void timeline_ended(struct khod *k, enum kho_timeline_what what, const char *wor
 		append(b, what, workload, at);
 }
 
+void timeline_note(struct khod *k, enum kho_timeline_what what)
+{
+	struct kho_timeline_bank *b = k->timeline.bank;
+	struct kho_timeline_mark *m = b ? find(b, what, NULL) : NULL;
+
+	if (m)
+		m->at = kho_timeline_now();
+	else if (b)
+		append(b, what, NULL, kho_timeline_now());
+}
+
 void timeline_stopped(struct khod *k, const char *workload)
 {
-	enum kho_timeline_what what = workload ? KHO_MARK_STOPPED : KHO_MARK_KHOD_STOPPED;
 	struct kho_timeline_bank *b = k->timeline.bank;
 	struct kho_timeline_mark *m;
 
 	if (!b)
 		return;
-	m = find(b, what, workload);
+	m = find(b, KHO_MARK_STOPPED, workload);
 	/* Names come and go; of those that have gone nobody will ask. */
-	for (uint32_t i = 0; workload && !m && i < b->n; i++)
+	for (uint32_t i = 0; !m && i < b->n; i++)
 		if (b->marks[i].what == KHO_MARK_STOPPED && !workload_find(k, b->marks[i].workload))
 			m = &b->marks[i];
 	if (m)
-		fill(m, what, workload, kho_timeline_now());
+		fill(m, KHO_MARK_STOPPED, workload, kho_timeline_now());
 	else
-		append(b, what, workload, kho_timeline_now());
+		append(b, KHO_MARK_STOPPED, workload, kho_timeline_now());
 }
 
 void timeline_claimed(struct khod *k, const char *workload)
@@ -317,6 +327,6 @@ int timeline_copy(struct khod *k, struct kho_error **err)
 void timeline_stop(struct khod *k)
 {
 	k->timeline.bus = sd_bus_close_unref(k->timeline.bus);
-	timeline_stopped(k, NULL);
+	timeline_note(k, KHO_MARK_KHOD_STOPPED);
 	unmap(k);
 }

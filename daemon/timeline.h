@@ -48,7 +48,9 @@ void timeline_need(struct khod *k);
 void timeline_ended(struct khod *k, enum kho_timeline_what what, const char *workload);
 /** timeline_ready() - the handover is over but for claims; PID 1 is asked for its part */
 void timeline_ready(struct khod *k);
-/** timeline_stopped() - a client has ended, or (NULL) khod is ending */
+/** timeline_note() - of the kernel before a handover, not of a workload; the last time counts */
+void timeline_note(struct khod *k, enum kho_timeline_what what);
+/** timeline_stopped() - the client of a workload has ended */
 void timeline_stopped(struct khod *k, const char *workload);
 /** timeline_watch() - as timeline_stopped(), as soon as the process of @pidfd (borrowed) ends */
 void timeline_watch(struct khod *k, struct workload *w, int pidfd);

@@ -28,6 +28,9 @@ enum kho_timeline_what {
 	/* Of the old kernel. */
 	KHO_MARK_STOPPED = 1,		/* the client of a workload has ended */
 	KHO_MARK_KHOD_STOPPED,
+	KHO_MARK_PREPARING,		/* clients are asked to prepare */
+	KHO_MARK_PREPARED,		/* everything is preserved */
+	KHO_MARK_ABORTED,
 	/* Of the new kernel, from PID 1: in the clock of the old one. */
 	KHO_MARK_REQUESTED = 16,	/* units begin to be stopped */
 	KHO_MARK_UNITS_STOPPED,

@@ -90,7 +90,8 @@ struct timeline {
 	struct kho_timeline_phase *phases;
 	struct kho_timeline_span *spans;
 	struct kho_timeline_workload *workloads;
-	int64_t origin;		/* the request, in the old kernel's clock */
+	uint64_t request;	/* in the old kernel's clock */
+	int64_t origin;		/* the same, or when what led to it began to be prepared */
 	int64_t shift;		/* from the new kernel's clock to the old one's */
 };
 
@@ -328,6 +329,27 @@ static void add_workloads(struct timeline *t)
 	}
 }
 
+/*
+ * When the handover was prepared, if it was, and right before the request: then that is where
+ * it began.
+ */
+#define PREPARED_BEFORE (60 * 1000 * MSEC)
+
+static bool prepared(const struct timeline *t, uint64_t request, uint64_t *begin, uint64_t *end)
+{
+	const struct kho_timeline_mark *a = find(t->old, KHO_MARK_PREPARING, "");
+	const struct kho_timeline_mark *b = find(t->old, KHO_MARK_PREPARED, "");
+	const struct kho_timeline_mark *c = find(t->old, KHO_MARK_ABORTED, "");
+
+	if (!a || !b || b->at.monotonic < a->at.monotonic || b->at.monotonic > request ||
+	    request - b->at.monotonic > PREPARED_BEFORE ||
+	    (c && c->at.monotonic >= a->at.monotonic))
+		return false;
+	*begin = a->at.monotonic;
+	*end = b->at.monotonic;
+	return true;
+}
+
 static int by_name(const void *a, const void *b)
 {
 	const struct kho_timeline_workload *x = a, *y = b;
@@ -338,10 +360,13 @@ static int by_name(const void *a, const void *b)
 static void add_kernels(struct timeline *t)
 {
 	const struct kho_timeline_mark *m = find(t->new, KHO_MARK_USERSPACE, "");
+	uint64_t request = of_old(t, KHO_MARK_REQUESTED), begin, end;
 	uint64_t stopped = of_old(t, KHO_MARK_UNITS_STOPPED), reboot = of_old(t, KHO_MARK_REBOOT);
 	uint64_t began = of_new(t, 0), userspace = m ? of_new(t, m->at.monotonic) : KHO_TIME_UNKNOWN;
 
-	phase_add(t, "units stop", false, 0, stopped);
+	if (prepared(t, t->request, &begin, &end))
+		phase_add(t, "khod: prepare", false, since_request(t, begin), since_request(t, end));
+	phase_add(t, "units stop", false, request, stopped);
 	phase_add(t, "systemd-shutdown", false, stopped, reboot);
 	phase_add(t, "one kernel to the other", true, reboot, began);
 	phase_add(t, "new kernel boots", true, began, userspace);
@@ -356,6 +381,7 @@ int kho_timeline_from_log(const struct kho_timeline_log *log, struct kho_timelin
 	_cleanup_(timeline_freep) struct timeline *t = calloc(1, sizeof(*t));
 	int newest = kho_timeline_newest(log);
 	const struct kho_timeline_mark *m;
+	uint64_t begin, end;
 
 	if (!t)
 		return kho_error_new(err, ENOMEM, "timeline", "out of memory");
@@ -378,7 +404,8 @@ int kho_timeline_from_log(const struct kho_timeline_log *log, struct kho_timelin
 
 	join_clocks(t);
 	m = find(t->new, KHO_MARK_REQUESTED, "");
-	t->origin = m ? (int64_t)m->at.monotonic : (int64_t)last_time(t->old)->monotonic;
+	t->request = m ? m->at.monotonic : last_time(t->old)->monotonic;
+	t->origin = (int64_t)(prepared(t, t->request, &begin, &end) ? begin : t->request);
 	add_kernels(t);
 	add_workloads(t);
 	qsort(t->workloads, t->pub.n_workloads, sizeof(*t->workloads), by_name);

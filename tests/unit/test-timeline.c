@@ -154,6 +154,32 @@ Test(timeline, gaps_of_workloads)
 	kho_timeline_free(t);
 }
 
+/* What was prepared right before begins it; what was given up, or is long past, does not. */
+Test(timeline, prepared)
+{
+	struct kho_timeline *t;
+
+	add(0, KHO_MARK_PREPARING, "", at(96 * SEC, 0));
+	add(0, KHO_MARK_PREPARED, "", at(98 * SEC, 0));
+	t = made();
+	is(phase(t, "khod: prepare")->total, 2, "prepare");
+	is(phase(t, "units stop")->spans[0].start, 4, "request");
+	is(phase(t, "units stop")->total, 4, "units stop");
+	is(t->blackout, 7, "blackout");
+	is(t->service_gap, 24, "gap");
+	kho_timeline_free(t);
+	add(0, KHO_MARK_ABORTED, "", at(99 * SEC, 0));
+	t = made();
+	is(phase(t, "units stop")->spans[0].start, 0, "it was given up");
+	kho_timeline_free(t);
+	log_new->banks[0].n--;
+	log_new->banks[0].marks[log_new->banks[0].n - 1].at = at(30 * SEC, 0);
+	log_new->banks[0].marks[log_new->banks[0].n - 2].at = at(29 * SEC, 0);
+	t = made();
+	is(phase(t, "units stop")->spans[0].start, 0, "it is long past");
+	kho_timeline_free(t);
+}
+
 /* A counter that was reset in between, and one that there is not: the RTC's second is used. */
 Test(timeline, without_a_counter)
 {
