@@ -10,7 +10,7 @@ static const char help[] =
 	"What the last handover spent its time on, from the request in the old kernel to the last\n"
 	"claim in the new one. For root.\n"
 	"\n"
-	"  --json        as JSON: times in nanoseconds since the request, null if not known\n"
+	"  --json        as JSON: times in nanoseconds since it began, null if not known\n"
 	"  --svg FILE    also write it as a picture\n";
 
 #define WIDTH 48	/* of the bars, in characters */
@@ -71,7 +71,7 @@ static void print_text(const struct kho_timeline *t)
 {
 	char buf[32];
 
-	printf("%s to %s, from the request on:\n\n", t->old_release, t->new_release);
+	printf("%s to %s, from its beginning on:\n\n", t->old_release, t->new_release);
 	for (size_t i = 0; i < t->n_phases; i++) {
 		const struct kho_timeline_phase *p = &t->phases[i];
 

@@ -15,7 +15,7 @@ extern "C" {
 /** KHO_TIME_UNKNOWN - a time or a length that nobody has recorded */
 #define KHO_TIME_UNKNOWN UINT64_MAX
 
-/** struct kho_timeline_span - one stretch of a phase, in ns since the request */
+/** struct kho_timeline_span - one stretch of a phase, in ns since the handover began */
 struct kho_timeline_span {
 	uint64_t start;
 	uint64_t end;
@@ -38,7 +38,7 @@ struct kho_timeline_phase {
 };
 
 /**
- * struct kho_timeline_workload - one workload of the handover; times in ns since the request
+ * struct kho_timeline_workload - one workload of the handover; times in ns since it began
  * @name: its name
  * @stopped: its client ended; KHO_TIME_UNKNOWN: before the request, or khod does not know
  * @restored: its devices were under new page tables, or there are none and it was retrieved
@@ -54,7 +54,7 @@ struct kho_timeline_workload {
 };
 
 /**
- * struct kho_timeline - the last handover
+ * struct kho_timeline - the last handover; it begins when it is prepared, or else with the request
  * @old_release: kernel it began in
  * @new_release: kernel it led to
  * @clock: what time between the kernels was taken from: "counter" (of the CPU), "realtime"
@@ -63,7 +63,7 @@ struct kho_timeline_workload {
  * @n_phases: how many
  * @workloads: @n_workloads of them, by name
  * @n_workloads: how many
- * @total: request to the last thing recorded, ns
+ * @total: to the last thing recorded, ns
  * @blackout: reboot(2) to the first instruction of userspace, ns; KHO_TIME_UNKNOWN: systemd
  *	does not say
  * @service_gap: the longest of all workloads, ns; KHO_TIME_UNKNOWN: of none it is known
