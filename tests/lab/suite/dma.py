@@ -51,19 +51,21 @@ class Run:
     """One run of dma-guest: what it said, what was sent, what the device did.
 
     @device is a kind of device; NICs are sent @rate packets a second. @options go to the
-    kernel's command line. The run ends when the guest is off; without @judge it may say
-    that something failed. @second is the other device, @arguments are more for QEMU.
+    kernel's command line. @nexts are the builds that come after @kernel, if it is another one
+    than that; @shared are files and folders for the share with the guest, with their names there.
+    The run ends when the guest is off; without @judge it may say that something failed. @second
+    is the other device, @arguments are more for QEMU.
     """
 
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
-                 timeout=240, kernel=None, machine="noiommu", trace=(), judge=True, second="e1000e",
-                 arguments=()):
+                 timeout=240, kernel=None, nexts=(), machine="noiommu", memory="512M", trace=(),
+                 judge=True, second="e1000e", shared=(), arguments=()):
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
         self.device, self.sender, self.sent = device, None, []
         if mode.startswith("unplug"):
             options += " pcie_ports=native"
-        with ctx.vm(kernel=kernel, init="dma-guest", memory="512M", devices=[device, second],
+        with ctx.vm(kernel=kernel, init="dma-guest", memory=memory, devices=[device, second],
                     machine=machine, disk_options=THROTTLE,
                     trace=("pci_cfg_write", *EVENTS[device], *trace),
                     arguments=PCIEHP if mode.startswith("unplug") else arguments,
@@ -71,6 +73,10 @@ class Run:
                            f"{options}") as vm:
             self.vm, self.deadline = vm, time.monotonic() + timeout
             shutil.copy((kernel or ctx.kernel()) / "bzImage", vm.share / "next")
+            for stage, build in enumerate(nexts, 2):
+                shutil.copy(build / "bzImage", vm.share / f"next-{stage}")
+            for path, name in shared:
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, vm.share / name)
             self.wait("READY")
             if device in NICS:
                 self.sender = Sender(vm.senders[0], rate, vm.dir / "sent")

@@ -10,7 +10,8 @@
  * it back, and looks at what the device wrote while nobody was there.
  *
  * What it prints (on ttyS1) is judged by suite/dma.py; lines start with "DMA: ". The
- * kernel that comes next is /lab/next, on the share with the host.
+ * kernel that comes next is /lab/next, or /lab/next-K for stage K, on the share with the
+ * host, and /lab/initrd is its initrd.
  *
  * Parameters (kernel command line):
  *   dma.device=  e1000e (default), igb or nvme
@@ -28,6 +29,7 @@
  *   dma.areas=N  so many areas more in the IOAS, of a page each
  *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
  *   dma.next=ARG one more argument for each next kernel
+ *   dma.modules=root modules are to be loaded from the root file system, see modules.c
  *   dma.stage=K, dma.left=M are set by itself
  */
 #ifndef DMA_GUEST_H
@@ -226,11 +228,23 @@ struct mode {
 	void (*waiting)(void);
 	void (*bound)(void);
 	void (*replaced)(void);
+	int unbound;	/* errno of opening the device before the retrieve, EBUSY if 0 */
 	bool stays;	/* no kexec follows */
 	bool dies;	/* run by a child, that kills itself */
 	bool every_vector;	/* each one of an I/O queue has an interrupt pending */
 	bool reversed;	/* retrieve the device first and the memfd last */
 };
+
+void set_deadline(uint32_t ms);
+void __attribute__((noreturn)) deadline_next(int stage);
+
+/* modules.c */
+void modules_start(int stage);
+void modules_first(void);
+void modules_waiting(void);
+void modules_late_waiting(void);
+void modules_never_first(void);
+void __attribute__((noreturn)) modules_never_next(int stage);
 
 const struct mode *find_mode(const char *name);
 extern const struct mode *mode;

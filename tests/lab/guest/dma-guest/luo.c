@@ -11,19 +11,34 @@
 
 int session = -1;
 
-/* The kernel beside us on the share, with this one's command line and something added. */
+/* The kernel for that stage on the share, or the one for all. */
+static int open_kernel(int stage)
+{
+	char path[32];
+	int fd;
+
+	snprintf(path, sizeof(path), "/lab/next-%d", stage);
+	fd = open(path, O_RDONLY);
+	if (fd < 0)
+		fd = open("/lab/next", O_RDONLY);
+	check(fd, "/lab/next");
+	return fd;
+}
+
+/* It gets this one's command line and something added, and an initrd if there is one. */
 void load_kernel(int stage, int left, const char *add)
 {
 	static char line[2048];
 	char *p = strstr(cmdline, " dma.stage=");
 	size_t n = p ? (size_t)(p - cmdline) : strcspn(cmdline, "\n");
-	int k = open("/lab/next", O_RDONLY);
+	int k = open_kernel(stage), initrd = open("/lab/initrd", O_RDONLY);
 
-	check(k, "/lab/next");
 	snprintf(line, sizeof(line), "%.*s dma.stage=%d dma.left=%d %s", (int)n, cmdline, stage,
 		 left, add);
-	if (syscall(SYS_kexec_file_load, k, -1, strlen(line) + 1, line, KEXEC_FILE_NO_INITRAMFS))
+	if (syscall(SYS_kexec_file_load, k, initrd, strlen(line) + 1, line,
+		    initrd < 0 ? KEXEC_FILE_NO_INITRAMFS : 0))
 		die("kexec_file_load");
+	close(initrd);
 	close(k);
 }
 

@@ -307,11 +307,12 @@ static void second_next(int stage)
 	quiesced();
 }
 
-static void deadline_first(void)
+/* How long the next kernel waits for somebody to come for the device. */
+void set_deadline(uint32_t ms)
 {
 	char buf[sizeof(struct vfio_device_feature) +
 		 sizeof(struct vfio_device_feature_liveupdate)];
-	struct vfio_device_feature_liveupdate lu = { .deadline_ms = 15000 };
+	struct vfio_device_feature_liveupdate lu = { .deadline_ms = ms };
 	struct vfio_device_feature *f = (void *)buf;
 
 	*f = (struct vfio_device_feature) {
@@ -322,7 +323,12 @@ static void deadline_first(void)
 	check(ioctl(dev, VFIO_DEVICE_FEATURE, f), "FEATURE");
 }
 
-static void deadline_next(int stage)
+static void deadline_first(void)
+{
+	set_deadline(15000);
+}
+
+void deadline_next(int stage)
 {
 	(void)stage;
 	say("waiting for the deadline");
@@ -831,6 +837,10 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unequal", .next = unequal_next },
 		{ .name = "pending", .first = pending_first, .last = pending_last,
 		  .every_vector = true },
+		{ .name = "modules", .first = modules_first, .waiting = modules_waiting },
+		{ .name = "moduleslate", .first = modules_first, .waiting = modules_late_waiting,
+		  .unbound = ENOENT },
+		{ .name = "modulesnever", .first = modules_never_first, .next = modules_never_next },
 		{ .name = "unplugold", .first = unplugold_first, .stays = true },
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
