@@ -79,6 +79,7 @@ static void finish(struct khod *k, int r, const char *object, const char *reason
 	}
 	if (done)
 		done(k, h->userdata, r, object, reason);
+	inhibit_handover_ended(k, r);
 }
 
 /* One workload is as it was before the handover. */
@@ -293,6 +294,7 @@ void handover_client_gone(struct khod *k, struct workload *w)
 	if (w->state != WORKLOAD_LEASED) {
 		w->lease = false;
 		handover_step(k);
+		inhibit_update(k);
 		return;
 	}
 	r = workload_end(k, w, CUSTODY_LEASE_ENDED, &err);

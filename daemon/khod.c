@@ -176,7 +176,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		{ "version", no_argument, NULL, 'v' },
 		{},
 	};
-	struct khod k = { .listen_fd = -1, .inhibit.fd = -1 };
+	struct khod k = { .listen_fd = -1, .inhibit = { .block.fd = -1, .delay.fd = -1 } };
 	struct passed *passed = NULL;
 	struct kho_error *err = NULL;
 	struct utsname uts;

@@ -142,12 +142,31 @@ struct handover {
 	size_t n_left;
 };
 
-/* The lock by which a kexec is refused, or the question for it. */
-struct inhibit {
+/* A lock of logind's, or the question for it. */
+struct inhibit_lock {
 	int fd;			/* -1: not held */
-	sd_bus *bus;		/* while logind is asked */
-	sd_bus_slot *slot;
+	sd_bus_slot *slot;	/* while logind is asked */
+};
+
+/**
+ * struct inhibit - see inhibit.c
+ * @bus: NULL: not connected
+ * @block: a kexec is refused
+ * @delay: a kexec waits for us
+ * @mask: while systemd is asked to mask kexec.target, or to unmask it
+ * @timer: to try again what did not work
+ * @delay_msec: how long logind waits for @delay
+ * @shutdown: logind has announced one, and has not said that it is over
+ * @waiting: it waits for a handover that somebody else has begun
+ */
+struct inhibit {
+	sd_bus *bus;
+	struct inhibit_lock block, delay;
+	sd_bus_slot *mask;
 	sd_event_source *timer;
+	uint32_t delay_msec;
+	bool shutdown;
+	bool waiting;
 };
 
 struct khod {
@@ -325,8 +344,10 @@ void khod_status_line(struct khod *k);
 /* inhibit.c */
 /** inhibit_obstacle() - a workload that must survive and would not survive a kexec; NULL: none */
 const struct workload *inhibit_obstacle(const struct khod *k);
-/** inhibit_update() - have a kexec refused if there is one, and only then */
+/** inhibit_update() - take and drop locks, as what is held asks for it */
 void inhibit_update(struct khod *k);
+/** inhibit_handover_ended() - everybody is ready, or nobody: a kexec may wait for that */
+void inhibit_handover_ended(struct khod *k, int r);
 void inhibit_stop(struct khod *k);
 
 /* handover.c */

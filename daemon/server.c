@@ -443,6 +443,7 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		w->client = p->reg.prepare ? c : NULL;
 		if (c->pidfd >= 0)
 			timeline_watch(c->k, w, c->pidfd);
+		inhibit_update(c->k);
 		done.name = w->name;
 		done.files = workload_n_files(w);
 		done.session = w->session_name;
@@ -629,6 +630,7 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 		return reply_refusal(c, serial, "end the custody of", name, r, &err);
 	r = reply_done(c, serial);
 	FAULT(CLAIM_ANSWERED);
+	handover_step(c->k);
 	return r;
 }
 

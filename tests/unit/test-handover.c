@@ -701,9 +701,9 @@ Test(handover, a_lease_ends_with_its_client)
  */
 static void one_round(struct client *c, struct operator *o)
 {
-	struct kho_event ev;
-
+	struct kho_workloads *w = NULL;
 	struct kho *own = NULL;
+	struct kho_event ev;
 
 	cr_assert(kho_new(&own, NULL, NULL) == 0);
 	*o = (struct operator){ .c = dial(own, sim), .r = -ENOTCONN };
@@ -714,8 +714,13 @@ static void one_round(struct client *c, struct operator *o)
 		if (kho_client_event(c->k, 20000, &ev, NULL) == 0 && ev.kind == KHO_EVENT_PREPARE)
 			(void)kho_client_ready(c->k, &ev, NULL);
 		wait_for(o);
-		if (o->r >= 0)
+		if (o->r >= 0) {
+			cr_assert(kho_client_show(o->c, "vm", &w, NULL, NULL) < 0 ||
+				  kho_workloads_get(w, 0)->state == KHO_WORKLOAD_HELD,
+				  "told that it is preserved, and it is not\n%s", sim_log(sim));
+			kho_workloads_free(w);
 			(void)kho_client_abort(o->c, NULL);
+		}
 	}
 	o->c = kho_client_free(o->c);
 	kho_free(own);

@@ -2,6 +2,7 @@
 """khod in the guest: memory over `systemctl kexec`, kills at every fault point, bad input."""
 
 import re
+import time
 
 from lablib.check import expect, test
 
@@ -263,30 +264,131 @@ def claimed(vm, name, want):
     expect(len(got) == 1 and got[0][2] == want, f"{name} came back as {got}")
 
 
+def journal_says(vm, pattern, since, timeout=60):
+    """Wait for a line of the journal from line @since on."""
+    i = vm.journal.wait(pattern, since, time.monotonic() + timeout, vm.alive)
+    expect(i is not None, f"the journal never said '{pattern}'")
+    return vm.journal.lines[i]
+
+
+def delayed(vm):
+    """Wait until logind would wait for khod before a kexec."""
+    vm.run("for i in $(seq 300); do systemd-inhibit --list --no-pager | grep -q 'khod.*delay' && exit 0; "
+           "sleep 0.1; done; systemd-inhibit --list >&2; exit 1")
+
+
+def untouched(vm, *units):
+    """No unit was stopped, and every workload may go on as before."""
+    expect(vm.run(f"systemctl is-active {' '.join(units)} khod").out.split()
+           == ["active"] * (len(units) + 1), "units were stopped")
+    expect(set(states(vm).values()) == {"leased"}, states(vm))
+
+
 @test()
-def a_veto_stops_khoctl_kexec_before_any_unit(ctx):
-    """Named with its reason, all rolled back; without the veto the same kexec carries both."""
+def a_veto_stops_a_kexec_before_any_unit(ctx):
+    """By khoctl and by systemctl: named with its reason, undone; without it both are carried."""
     with booted(ctx) as vm:
         vm.ready()
         a, b = lease(vm, "a", seed=5), lease(vm, "b", 8 * MIB, 6)
-        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
+        untouched(vm, "lease-a", "lease-b")
         vm.load()
         vm.run("echo 'veto in the middle of a migration' > /run/lease-b")
         r = vm.run("khoctl kexec", check=False)
         expect(r.status == 5 and "b: vetoed: in the middle of a migration" in r.err, f"{r.status}: {r.err}")
-        expect(vm.run("systemctl is-active lease-a lease-b khod").out.split() == ["active"] * 3,
-               "units were stopped")
-        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
+        untouched(vm, "lease-a", "lease-b")
+        delayed(vm)
+        since = len(vm.journal.lines)
+        vm.run("systemctl kexec")
+        journal_says(vm, "given up, everything is as before: b: vetoed: in the middle of a migration", since)
+        journal_says(vm, "The kexec is refused", since)
+        delayed(vm)     # logind has given up, and khod waits for the next
+        untouched(vm, "lease-a", "lease-b")
+        vm.run("for i in $(seq 100); do [ $(systemctl show -P LoadState kexec.target) = loaded ] && exit 0; "
+               "sleep 0.1; done; exit 1")
         vm.run("rm /run/lease-b; khoctl preserve")
         expect(states(vm) == {"a": "held", "b": "held"}, states(vm))
         vm.run("khoctl abort")
-        expect(states(vm) == {"a": "leased", "b": "leased"}, states(vm))
-        vm.mark = len(vm.console.lines)
-        vm.start_command("khoctl kexec > /lab/kexec.out 2>&1")
-        vm.next_boot("khoctl kexec")
+        untouched(vm, "lease-a", "lease-b")
+        vm.reboot_loaded()
         expect(states(vm) == {"a": "held", "b": "held"}, states(vm))
         claimed(vm, "a", a)
         claimed(vm, "b", b)
+
+
+@test(part="kexec")
+def who_is_not_ready_for_systemctl_kexec(ctx):
+    """Stalled, dead, of best effort, khod killed: refused and undone, or carried without it."""
+    with booted(ctx) as vm:
+        vm.ready()
+        a = lease(vm, "a", 4 * MIB, 5)
+        vm.load()
+        for mode, why in (("stall", "b: its client did not answer in time"),
+                          ("die", "b: its client died before it was ready")):
+            vm.run("rm -f /run/lease-b")
+            lease(vm, "b", MIB, 6)
+            delayed(vm)
+            vm.run(f"echo {mode} > /run/lease-b")
+            r = vm.run("khoctl kexec", check=False)
+            expect(r.status == 5 and why in r.err, f"{r.status}: {r.err}")
+            if mode == "die":
+                expect(states(vm) == {"a": "leased"}, states(vm))
+                vm.run("systemctl reset-failed lease-b; rm /run/lease-b")
+                lease(vm, "b", MIB, 6)
+                vm.run("echo die > /run/lease-b")
+            since = len(vm.journal.lines)
+            vm.run("systemctl kexec")
+            journal_says(vm, why, since)
+            journal_says(vm, "The kexec is refused", since)
+            delayed(vm)
+            untouched(vm, "lease-a")
+            vm.run("systemctl stop lease-b; systemctl reset-failed lease-b", check=False)
+        # Killed while it is asked for: the client comes back, and the next one is carried.
+        lease(vm, "c", MIB, 7, "--best-effort")
+        vm.run("echo veto no > /run/lease-c")
+        expect("c is left behind: vetoed: no" in vm.run("khoctl preserve").err, "not left behind")
+        since = len(vm.journal.lines)
+        vm.run("systemctl kill -s KILL khod")
+        journal_says(vm, "lease: a: taken", since)
+        journal_says(vm, "lease: c: taken", since)
+        expect(states(vm) == {"a": "leased", "c": "leased"}, states(vm))
+        delayed(vm)
+        vm.reboot_loaded()
+        expect(states(vm) == {"a": "held"}, states(vm))
+        claimed(vm, "a", a)
+
+
+@test(part="kexec")
+def what_does_not_ask_logind(ctx):
+    """--force, kexec.target, kexec -e: what is held is carried by the first two, nothing by the last."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        for command in ("systemctl kexec --force", "systemctl start kexec.target", "khoctl kexec --force"):
+            lease(vm, "lease", MIB, 3)
+            vm.run("echo veto never > /run/lease-lease")
+            khod.register("mem")
+            vm.load()
+            vm.mark = len(vm.console.lines)
+            vm.start_command(command)
+            vm.next_boot(command)
+            expect(states(vm) == {"mem": "held"}, f"{command}: {states(vm)}")
+            khod.claim("mem")
+        # What was prepared comes over, too.
+        a = lease(vm, "a", MIB, 3)
+        vm.run("khoctl preserve")
+        vm.load()
+        vm.mark = len(vm.console.lines)
+        vm.start_command("systemctl kexec --force")
+        vm.next_boot("systemctl kexec --force")
+        claimed(vm, "a", a)
+        khod.register("mem")
+        vm.load()
+        vm.mark = len(vm.console.lines)
+        vm.start_command("sync; kexec -e")
+        vm.next_boot("kexec -e")
+        expect(states(vm) == {}, states(vm))
+        khod.only_sessions()
+        khod.register("again")
+        khod.claim("again")
 
 
 def handovers(ctx, count):
