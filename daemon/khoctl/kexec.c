@@ -39,7 +39,7 @@ static int failed(const char *object, const char *what, int errnum)
 	return EXIT_REFUSED;
 }
 
-/* The running kernel's, without what a boot loader may have put in front of it. */
+/* The running kernel's. */
 static int own_cmdline(char *buf, size_t size)
 {
 	FILE *f = fopen("/proc/cmdline", "re");
@@ -162,6 +162,9 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		r = load(&next);
 		if (r > 0)
 			return r;
+		/* Of the command line it knows more than we do. */
+		if (khoctl_loaded_refuses() && !force)
+			return EXIT_OBSTACLE;
 	}
 	if (only_load)
 		return EXIT_SUCCESS;

@@ -222,6 +222,12 @@ def a_kexec_that_would_lose_a_workload_is_refused(ctx):
     with booted(ctx) as vm:
         khod = Khod(vm.ready())
         khod.register("mem")
+        # What reboot(2) would refuse when all units are stopped.
+        path = vm.put_kernel(vm.kernel)
+        r = vm.run(f"khoctl kexec --kernel {path} --cmdline root=/dev/vda", check=False)
+        expect(r.status == 5 and "liveupdate=on" in r.err, f"{r.status}: {r.err}")
+        r = vm.run(f"kexec -s -l {path} --command-line=kho=off && khoctl preflight", check=False)
+        expect(r.status == 5 and "cold reboot" in r.out, f"{r.status}: {r.out}{r.err}")
         vm.run("d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
                "printf '[Service]\nDeviceAllow=\n' > $d/blind.conf; sync")
         vm.kexec()
