@@ -8,6 +8,7 @@ Baseline and measured alternate in one guest, so that both see the same machine;
 pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
 
+restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
              on this host, without a guest
 """
@@ -15,7 +16,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
 import subprocess
 import time
 
-from . import bench_memory, kernel, stats, timeline
+from . import bench_memory, bench_restore, kernel, stats, timeline
 from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
@@ -56,18 +57,30 @@ def systemd_memory(vm):
     vm.run("systemctl start lab-fdstore.service", 300)
 
 
+def workloads(count):
+    """khod preserves 64 MiB, as @count workloads of one memfd each."""
+    def setup(vm):
+        with_khod(vm)
+        vm.run(f"for i in $(seq {count}); do {TOOLS}/memfd-pages --create {(64 << 20) // count} -- "
+               "khoctl register bench-$i --fd 3 || exit 1; done > /dev/null", 300)
+    return setup
+
+
 def drop_memory(vm):
-    vm.run("khoctl release bench 2>/dev/null; systemctl stop lab-fdstore.service; "
-           "systemctl clean --what=fdstore lab-fdstore.service", check=False)
+    vm.run("for w in $(khoctl list 2>/dev/null | awk '/^bench/ { print $1 }'); do khoctl release $w; done; "
+           "systemctl stop lab-fdstore.service; systemctl clean --what=fdstore lab-fdstore.service",
+           check=False)
 
 
 # Name -> what is compared, baseline, measured, the goal if there is one.
 PAIRS = {
     "idle": ("khod holding nothing / plain systemctl kexec", plain, idle, None),
     "memory": ("1 GiB memfd in khod / in systemd's fd store", systemd_memory, khod_memory, GOAL),
+    "workloads-8": ("64 MiB in khod as 8 workloads / as one", workloads(1), workloads(8), None),
+    "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-FIGURES = ("image", *PAIRS, "shapes")
+FIGURES = ("image", "restore", *PAIRS, "shapes")
 
 
 def one(vm, setup) -> timeline.Timeline:
@@ -150,6 +163,7 @@ def main(names, limit, minutes) -> int:
         if n == "image":
             image()
             continue
-        take = bench_memory.main if n == "shapes" else lambda *a, n=n: measure(n, *a)
+        others = {"shapes": bench_memory.main, "restore": bench_restore.main}
+        take = others.get(n) or (lambda *a, n=n: measure(n, *a))
         take(limit, minutes * 60 or float("inf"))
     return 0
