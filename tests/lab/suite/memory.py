@@ -60,7 +60,7 @@ def memory_comes_back_on_two_nodes(ctx):
 @test(part="memory", kernels=DEBUG)
 def memory_comes_back_on_the_debug_kernel(ctx):
     """With CONFIG_KEXEC_HANDOVER_DEBUG, lockdep and KASAN, which stay silent."""
-    come_back(ctx, "debug", (Shape(64, "second"), Shape(64, huge=True)), memory="3G", timeout=600)
+    come_back(ctx, "debug", (Shape(64, "second"), Shape(64, huge=True)), memory="3G", timeout=1800)
 
 
 @test(part="memory")
@@ -73,7 +73,7 @@ def memory_comes_back_twice_in_a_row(ctx):
 @test(part="memory", kernels=(("debug", False, ""), ("minimal", False, "")))
 def memory_comes_back_from_the_debug_kernel(ctx):
     hand_over(ctx.kernel("debug"), Shape(64, "hole"), next_kernel=ctx.kernel(), memory="3G",
-              timeout=600)
+              timeout=1800)
 
 
 @test(part="memory")
@@ -132,9 +132,9 @@ def upstream_memblock(ctx):
 def upstream_kho_and_liveupdate_on_the_debug_kernel(ctx):
     """liveupdate's suite and KHO's own test in the kernel, which stay silent."""
     with VM(ctx.kernel("debug"), full_image(), name="memory-suites", init="bare", memory="3G") as vm:
-        vm.ready(400)
-        suite(ctx, vm, "liveupdate/liveupdate", 600)
-        vm.kexec(timeout=400)
+        vm.ready(1200)
+        suite(ctx, vm, "liveupdate/liveupdate", 1200)
+        vm.kexec(timeout=1200)
         expect(vm.console.find("KHO restore succeeded", vm.mark) is not None,
                "the kernel's KHO test did not find its data again")
         quiet(vm)
