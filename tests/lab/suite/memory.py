@@ -20,6 +20,9 @@ SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(
 NUMA = (("numa", False, ""),)
 EAGER = (("eager", False, ""),)
 DEBUG = (("debug", False, ""),)
+# KASAN's shadow is an eighth of memory and counts into the size of scratch by default, of which
+# then no area fits: large enough for the next kernel's shadow, and no larger.
+DEBUG_GUEST = {"memory": "3G", "kho_scratch": "64M,700M,64M"}
 
 
 def come_back(ctx, config, shapes=SHAPES, **kw):
@@ -60,7 +63,8 @@ def memory_comes_back_on_two_nodes(ctx):
 @test(part="memory", kernels=DEBUG)
 def memory_comes_back_on_the_debug_kernel(ctx):
     """With CONFIG_KEXEC_HANDOVER_DEBUG, lockdep and KASAN, which stay silent."""
-    come_back(ctx, "debug", (Shape(64, "second"), Shape(64, huge=True)), memory="3G", timeout=1800)
+    come_back(ctx, "debug", (Shape(64, "second"), Shape(64, huge=True)), timeout=1800,
+              **DEBUG_GUEST)
 
 
 @test(part="memory")
@@ -72,8 +76,8 @@ def memory_comes_back_twice_in_a_row(ctx):
 
 @test(part="memory", kernels=(("debug", False, ""), ("minimal", False, "")))
 def memory_comes_back_from_the_debug_kernel(ctx):
-    hand_over(ctx.kernel("debug"), Shape(64, "hole"), next_kernel=ctx.kernel(), memory="3G",
-              timeout=1800)
+    hand_over(ctx.kernel("debug"), Shape(64, "hole"), next_kernel=ctx.kernel(), timeout=1800,
+              **DEBUG_GUEST)
 
 
 @test(part="memory")
@@ -131,7 +135,8 @@ def upstream_memblock(ctx):
 @test(part="memory", kernels=DEBUG)
 def upstream_kho_and_liveupdate_on_the_debug_kernel(ctx):
     """liveupdate's suite and KHO's own test in the kernel, which stay silent."""
-    with VM(ctx.kernel("debug"), full_image(), name="memory-suites", init="bare", memory="3G") as vm:
+    with VM(ctx.kernel("debug"), full_image(), name="memory-suites", init="bare",
+            **DEBUG_GUEST) as vm:
         vm.ready(1200)
         suite(ctx, vm, "liveupdate/liveupdate", 1200)
         vm.kexec(timeout=1200)
