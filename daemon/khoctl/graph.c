@@ -32,6 +32,29 @@ static const struct {
 	{ KHO_HWPT_PASID, "PASID" },	       { KHO_HWPT_NOIOMMU, "no IOMMU" },
 };
 
+/* &iommu_hwpt_info.out_format. What VT-d calls first stage, AMD calls v2. */
+static const char *const formats[] = {
+	[1] = "AMD v1 tables", [2] = "second-stage tables", [3] = "first-stage tables",
+	[4] = "RISC-V tables", [5] = "tables of a test",
+};
+
+/* "4 KiB, 2 MiB and 1 GiB", or the smallest and the largest if there are more. */
+static void print_page_sizes(uint64_t sizes)
+{
+	int n = __builtin_popcountll(sizes), nr = 0;
+	char size[32];
+
+	for (int bit = 0; bit < 64; bit++) {
+		if (!(sizes >> bit & 1))
+			continue;
+		nr++;
+		if (n > 3 && nr > 1 && nr < n)
+			continue;
+		printf("%s%s", nr == 1 ? ", pages of " : n > 3 ? " to " : nr == n ? " and " : ", ",
+		       human_size(1ull << bit, size));
+	}
+}
+
 /* "17, once 4": the client's id where it is another one. */
 static const char *ids(uint32_t id, uint32_t client_id, char buf[40])
 {
@@ -74,6 +97,9 @@ static void print_context(const struct kho_image *image, const struct kho_graph 
 		for (size_t k = 0; k < sizeof(hwpt_flags) / sizeof(hwpt_flags[0]); k++)
 			if (o->flags & hwpt_flags[k].flag)
 				printf(", %s", hwpt_flags[k].name);
+		if (o->format > 0 && o->format < sizeof(formats) / sizeof(formats[0]))
+			printf(", %s", formats[o->format]);
+		print_page_sizes(o->page_sizes);
 		printf("\n");
 	}
 	for (size_t i = 0; i < c->n_devices; i++) {

@@ -9,6 +9,9 @@ pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of the
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
 
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
+shapes       preserved memory by itself, see bench_memory.py
+vtd          a device behind VT-d beside its cold set-up, see bench_vtd.py
+replace      its moves from one HWPT to another beside those of the unpatched driver
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
              on this host, without a guest
 """
@@ -16,7 +19,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
 import subprocess
 import time
 
-from . import bench_memory, bench_restore, kernel, stats, timeline
+from . import bench_memory, bench_restore, bench_vtd, kernel, stats, timeline
 from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
@@ -80,7 +83,9 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-FIGURES = ("image", "restore", *PAIRS, "shapes")
+PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "vtd": bench_vtd.main,
+         "replace": bench_vtd.replaces}
+FIGURES = ("image", *PAIRS, *PARTS)
 
 
 def one(vm, setup) -> timeline.Timeline:
@@ -163,7 +168,6 @@ def main(names, limit, minutes) -> int:
         if n == "image":
             image()
             continue
-        others = {"shapes": bench_memory.main, "restore": bench_restore.main}
-        take = others.get(n) or (lambda *a, n=n: measure(n, *a))
+        take = PARTS.get(n) or (lambda *a, n=n: measure(n, *a))
         take(limit, minutes * 60 or float("inf"))
     return 0

@@ -70,6 +70,13 @@ def own_timeline(vm, c):
     return t
 
 
+# What `khoctl show` says of the page tables
+TABLES = {"noiommu": "no IOMMU, AMD v1 tables, pages of 4 KiB to ",
+          "vtd-legacy": "second-stage tables, pages of 4 KiB, 2 MiB and 1 GiB",
+          "vtd-scalable": "second-stage tables, pages of 4 KiB, 2 MiB and 1 GiB",
+          "vtd-first-stage": "first-stage tables, pages of 4 KiB, 2 MiB and 1 GiB"}
+
+
 def through_systemctl_kexec(ctx, machine):
     with booted(ctx, machine) as vm:
         vm.ready()
@@ -80,6 +87,8 @@ def through_systemctl_kexec(ctx, machine):
         ctx.figure("blackout", f"{t['blackout_ns'] / 1e9:.2f} s by khod, {c.timeline.blackout:.2f} s by the host")
         held = vm.run("khoctl list").out
         expect("nic" in held and "held" in held, f"the driver did not register again: {held}")
+        said = vm.run("khoctl show nic").out
+        expect(TABLES[machine] in said, f"khoctl show does not say '{TABLES[machine]}': {said}")
         expect(vm.journal.find("Workload nic is restored") is not None, "khod did not restore it")
 
 

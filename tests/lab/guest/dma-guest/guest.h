@@ -27,6 +27,8 @@
  *   dma.replaces=N how often the mode "replace" does it
  *   dma.iova=N   where in the IOAS the memory is
  *   dma.areas=N  so many areas more in the IOAS, of a page each
+ *   dma.large=N  N MiB of memory more, in the IOAS as so many areas as dma.pieces=M says;
+ *                of 4 KiB folios with dma.small=1
  *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
  *   dma.next=ARG one more argument for each next kernel
  *   dma.modules=root modules are to be loaded from the root file system, see modules.c
@@ -59,7 +61,8 @@
 #define BDF2		"0000:02:00.0"
 #define PCI_DEVICE	"/sys/bus/pci/devices/"
 
-enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5, TOK_DEV2 = 6 };
+enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5, TOK_DEV2 = 6,
+       TOK_LARGE = 7 };
 
 struct nic_state {
 	uint32_t next;		/* descriptor to look at next */
@@ -148,6 +151,9 @@ void map_mem(void);
 void note_pages(void);
 void check_pages(void);
 uint64_t dma_addr(uint32_t off);
+extern int large_fd;		/* -1 without dma.large= */
+uint64_t large_size(void);
+void make_large(void);
 void preserve_more(void);
 void retrieve_more(void);
 void fill_memory(void);

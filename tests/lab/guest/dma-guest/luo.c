@@ -125,6 +125,8 @@ void preserve_all(void)
 	double t0 = now(), t1, t2;
 
 	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	if (large_fd >= 0)
+		must(try_preserve(large_fd, TOK_LARGE), "preserve large memory");
 	if (atoi(param("dma.more", "0")))
 		preserve_more();
 	t1 = now();

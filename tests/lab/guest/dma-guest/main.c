@@ -59,12 +59,16 @@ void run_until_quiet(double quiet)
 
 void first(bool irq)
 {
+	double t0;
+
 	bind_vfio_pci(BDF);
 	show_driver();
+	t0 = now();
 	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");
 	memfd = new_memfd("dma", MEM_SIZE);
 	map_mem();
 	memset(mem, 0, MEM_SIZE);
+	make_large();
 	iommufd = open("/dev/iommu", O_RDWR);
 	check(iommufd, "/dev/iommu");
 	dev = open_dev(0);
@@ -72,6 +76,7 @@ void first(bool irq)
 	must(try_bind(), "bind");
 	make_ioas();
 	must(try_attach(ioas_id), "attach");
+	say("SETUP cold=%.1f", (now() - t0) * 1e3);
 	map_bar();
 	bus_master(dev);
 	if (irq)
@@ -86,6 +91,10 @@ static void retrieve_memfd(int stage)
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
 	map_mem();
+	if (large_size()) {
+		large_fd = try_retrieve(TOK_LARGE);
+		must(large_fd, "retrieve large memory");
+	}
 	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
 }
 
@@ -133,6 +142,7 @@ static void check_pending(void)
 /* Any later kernel: take everything back. Without @claim as an agent does for somebody else. */
 static void take_back(int stage, bool irq, bool fill, bool claim)
 {
+	double t0, adopt, rebuild;
 	uint32_t frozen_id;
 	int fd, other;
 
@@ -147,7 +157,9 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	if (mode->waiting)
 		mode->waiting();
 
+	t0 = now();
 	retrieve_all(stage);
+	adopt = now() - t0;
 	fd = try_finish();
 	verdict(fd == -EBUSY, "finish before bind", fd);
 	other = open("/dev/iommu", O_RDWR);
@@ -162,9 +174,14 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	replace_unequal();
 	if (mode->bound)
 		mode->bound();
+	t0 = now();
 	make_ioas();
+	rebuild = now() - t0;
+	t0 = now();
 	must(try_attach(ioas_id), "attach");
 	say("replaced the frozen HWPT");
+	say("SETUP adopt=%.1f rebuild=%.1f replace=%.1f", adopt * 1e3, rebuild * 1e3,
+	    (now() - t0) * 1e3);
 	if (mode->replaced)
 		mode->replaced();
 	check_pages();
