@@ -27,6 +27,9 @@ PROFILES = {
                 f"intel_iommu=on,sm_off {UNSAFE}", ""),
     "vtd-intremap": (["-machine", "kernel-irqchip=split", "-device", "intel-iommu,intremap=on"],
                      "intel_iommu=on,sm_off", ""),
+    # An IOMMU that is there and not used; devices are in no-IOMMU mode.
+    "vtd-off": (["-device", "intel-iommu,intremap=off"],
+                "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", ""),
     # QEMU 10.0's AMD IOMMU does not translate for an e1000e; 7.3 needs both words on q35.
     "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2"),
 }

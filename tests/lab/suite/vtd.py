@@ -203,18 +203,43 @@ def dma_outside_of_the_mappings_is_stopped_first_stage(ctx):
     stopped(ctx, "first-stage")
 
 
+def stopped_instead(ctx, machine, options=""):
+    """A kernel that does not go on as the previous one loses packets, and stops the device."""
+    run = Run(ctx, mode="stopped", kexecs=1, machine=machine, trace=(FAULT, ENABLE),
+              options=f"{options} intel_liveupdate.test_no_adopt=1")
+    got, end = run.result(), run.blackouts()[0][1]
+    looked = run.lines("ok filled memory")
+    expect(looked, "free memory was not looked at")
+    lost, late = len(run.sent) - got["received"], run.dma(end, looked[0].when + run.offset)
+    expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
+    expect(not late, f"{late} packets were written after the device was stopped")
+    expect(run.vm.console.find("nobody can take the device over") is not None,
+           "the kernel does not say why it stops the device")
+    ctx.figure("lost", f"{lost} of {len(run.sent)}")
+    return run
+
+
 @test()
 def control_packets_are_lost_without_the_adoption(ctx):
-    """A kernel that does not take the IOMMU over loses packets, and the device ends blocked."""
-    run = Run(ctx, mode="noadopt", kexecs=1, machine=MODES["legacy"], trace=(FAULT,),
-              options="intel_liveupdate.test_no_adopt=1")
-    got, end = run.result(), run.blackouts()[0][1]
-    lost = len(run.sent) - got["received"]
-    late = [e for e in trace.read(run.vm.dir / "trace.log", {FAULT})
-            if requester(e) == DEVICE and e.when > end]
-    expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
-    expect(late, "the device is not blocked")
-    ctx.figure("lost", f"{lost} of {len(run.sent)}, {len(late)} faults after the blackout")
+    stopped_instead(ctx, MODES["legacy"])
+
+
+@test()
+def an_iommu_that_was_off_stays_off(ctx):
+    """The device uses physical addresses, and the next kernel is told to turn the IOMMU on."""
+    run = Run(ctx, kexecs=2, machine="vtd-off", trace=(FAULT, ENABLE),
+              options="dma.fill=1 dma.irq=1 dma.next=intel_iommu=on")
+    run.nothing_lost(ctx, 2)
+    expect(not list(run.trace({ENABLE})), "the IOMMU was turned on")
+    expect(run.vm.console.find("off, whatever the command line says") is not None,
+           "the kernel does not say that it leaves the IOMMU off")
+
+
+@test(part="vtd")
+def control_packets_are_lost_if_the_iommu_is_turned_on(ctx):
+    """The same with a kernel that obeys: the device is not blocked for long, but stopped."""
+    run = stopped_instead(ctx, "vtd-off", "dma.next=intel_iommu=on")
+    expect(list(run.trace({ENABLE})), "the IOMMU was not turned on")
 
 
 @test(part="vtd")

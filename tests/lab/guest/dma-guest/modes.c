@@ -64,6 +64,28 @@ static void control_next(int stage)
 	power_off();
 }
 
+/* A kernel that cannot go on with the device, or was told not to, has stopped it. */
+static void stopped_next(int stage)
+{
+	int ret;
+
+	show_driver();
+	say("%s the device is stopped", is_master(BDF) ? "FAIL" : "ok");
+	retrieve_session("dma");
+	ret = try_retrieve(TOK_DEV);
+	verdict(ret == -ENODEV, "retrieve a device that was stopped", ret);
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve its memory");
+	map_mem();
+	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
+	sleep(2);
+	say("STOP");
+	run_until_quiet(1);
+	driver->report();
+	end_session();
+	quiesced();
+}
+
 /* What must not be done to a device that has to keep running. */
 static void disturb(const char *when)
 {
@@ -811,8 +833,7 @@ const struct mode *find_mode(const char *name)
 	static const struct mode modes[] = {
 		{ .name = "run" },
 		{ .name = "control", .first = control_first, .next = control_next },
-		/* A kernel that was told not to take the IOMMU over, as if it could not. */
-		{ .name = "noadopt", .next = control_next },
+		{ .name = "stopped", .next = stopped_next },
 		{ .name = "abort", .first = abort_first, .stays = true },
 		{ .name = "freezefail", .first = freezefail_first, .stays = true },
 		{ .name = "kexecload", .first = kexecload_first, .stays = true },
