@@ -178,6 +178,35 @@ def quiesced_at_the_deadline_vtd(ctx):
     quiesced(ctx, "deadline", machine=MODES["first-stage"])
 
 
+# A device with a driver of the kernel's, for which the IOMMU has to translate.
+OTHER = ("-global", "virtio-rng-pci.iommu_platform=on", "-global", "virtio-rng-pci.disable-legacy=on")
+
+
+def others_go_on(ctx, damage, mode, text):
+    """The device is stopped before the IOMMU driver starts; other devices are translated."""
+    run = quiesced(ctx, damage, machine=MODES[mode], arguments=OTHER)
+    # Any of them: the console loses a character now and then.
+    expect(any(re.search(text, x) for x in run.vm.console.lines), f"the kernel does not say '{text}'")
+
+
+LOST = "a bridge above was not taken over|was preserved and is lost|01:00.0: liveupdate: quiesced"
+
+
+@test(part="vtd")
+def others_go_on_if_a_device_is_lost_legacy(ctx):
+    others_go_on(ctx, "bridge", "legacy", LOST)
+
+
+@test(part="vtd")
+def others_go_on_if_a_device_is_lost_first_stage(ctx):
+    others_go_on(ctx, "bridge", "first-stage", LOST)
+
+
+@test(part="vtd")
+def others_go_on_if_the_list_of_domains_is_damaged(ctx):
+    others_go_on(ctx, "domains", "second-stage", "not described correctly|previous kernel are stopped")
+
+
 def stopped(ctx, mode):
     """Every 16th packet is to go to where nothing is mapped; the IOMMU stops it in both kernels."""
     run = Run(ctx, kexecs=1, machine=MODES[mode], trace=(FAULT,), options="dma.outside=16")

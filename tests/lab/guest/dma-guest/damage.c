@@ -106,6 +106,42 @@ static void damage_records(int mem_fd, const char *what)
 	say("ok damaged %u records", ser.count);
 }
 
+/* include/linux/kho/abi/iommu.h: one domain, of an IOMMU, with one device */
+static bool is_domain(int mem_fd, uint64_t at)
+{
+	struct {
+		uint64_t next, context;
+		uint32_t kind, flags, hwpt_id, reserved;
+		uint64_t pt[3], pages[2];
+		uint64_t attachments, nr_attachments;
+	} d;
+
+	return at && !(at % 4096) && pread(mem_fd, &d, sizeof(d), at) == sizeof(d) &&
+	       !d.next && d.kind == 2 && d.nr_attachments == 1;
+}
+
+/* One domain more than there is, in the structure that leads to it. */
+static void damage_domains(int mem_fd)
+{
+	static const uint64_t nothing[508];
+	struct {
+		uint64_t domains, nr_domains, instances, nr_instances;
+		uint64_t rest[508];
+	} ser;
+	int n = 0;
+
+	for (off_t at = 1 << 20; at < 1 << 30; at += sizeof(ser)) {
+		if (pread(mem_fd, &ser, sizeof(ser), at) != sizeof(ser) ||
+		    ser.nr_domains != 1 || ser.nr_instances != 1 ||
+		    memcmp(ser.rest, nothing, sizeof(nothing)) || !is_domain(mem_fd, ser.domains))
+			continue;
+		ser.nr_domains++;
+		check(pwrite(mem_fd, &ser, sizeof(ser), at), "damage the list of domains");
+		n++;
+	}
+	say("%s damaged the list of domains: %d", n == 1 ? "ok" : "FAIL", n);
+}
+
 /* The whole handover is damaged, not only the records of PCI devices. */
 static bool all_damaged(void)
 {
@@ -129,7 +165,9 @@ void damage_first(void)
 	check(read(fd, fdt, sizeof(fdt)), "KHO's FDT");
 	fd = open("/dev/mem", O_RDWR);
 	check(fd, "/dev/mem");
-	if (!all_damaged())
+	if (!strcmp(mode->name, "domains"))
+		damage_domains(fd);
+	else if (!all_damaged())
 		damage_records(fd, mode->name);
 	else if (!strcmp(mode->name, "fdt"))
 		damage_fdt(fd, fdt);
@@ -139,12 +177,31 @@ void damage_first(void)
 	die("kexec");
 }
 
+/* Another device, with a driver of the kernel's: random bytes come by DMA. */
+static void other_device(void)
+{
+	int fd = open("/dev/hwrng", O_RDONLY | O_NONBLOCK);
+	double end = now() + 10;
+	uint8_t buf[16];
+	ssize_t n = -1;
+
+	check(fd, "/dev/hwrng");
+	while (n <= 0 && now() < end) {
+		n = read(fd, buf, sizeof(buf));
+		usleep(10000);
+	}
+	verdict(n > 0, "DMA of another device", n > 0 ? 0 : -errno);
+	close(fd);
+}
+
 void damage_next(int stage)
 {
 	int ret;
 
 	(void)stage;
 	say("QUIESCED");
+	if (iommu)
+		other_device();
 	ret = try_retrieve_session("dma");
 	verdict((ret < 0) == all_damaged(), "retrieve the session", ret);
 	fill_memory();
