@@ -240,8 +240,11 @@ def fragments(config: str, unpatched=False) -> list:
     if not path.exists():
         raise LabError(f"no kernel configuration named {config}; there are {', '.join(NAMES)}, "
                        f"or put tests/lab/config/{config}.config there")
-    series = [] if unpatched else [CONFIGS / "series.config"]
-    return [CONFIGS / "common.config", *series, path]
+    if unpatched:
+        return [CONFIGS / "common.config", path]
+    own = CONFIGS / f"{config}-series.config"       # what the series adds to this one alone
+    return [CONFIGS / "common.config", CONFIGS / "series.config", path,
+            *([own] if own.exists() else [])]
 
 
 def check_config(dotconfig: Path, frags: list) -> None:
