@@ -363,6 +363,12 @@ def a_kexec_is_refused_while_an_unplug_is_pending(ctx):
 
 
 @test(part="dma")
+def a_device_with_virtual_functions_is_refused(ctx):
+    """And virtual functions of a preserved device are. QEMU's igb drops packets while it has some."""
+    Run(ctx, device="igb", mode="sriov", kexecs=0, options="vfio_pci.enable_sriov=1")
+
+
+@test(part="dma")
 def a_panic_while_frozen_ends_in_a_reset(ctx):
     """The machine starts again, and knows no session."""
     run = Run(ctx, mode="panic")

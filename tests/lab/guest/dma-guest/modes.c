@@ -782,6 +782,28 @@ static void unplug_next(int stage)
 	power_off();
 }
 
+/* Virtual functions would need their physical function, and be a part of what goes on. */
+static void sriov_first(void)
+{
+	int ret;
+
+	must(put(PCI_DEVICE BDF "/sriov_numvfs", "2"), "sriov_numvfs");
+	create_session("dma");
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	ret = try_preserve(iommufd, TOK_IOMMUFD);
+	verdict(ret == -EOPNOTSUPP, "preserve what has a device with virtual functions", ret);
+	end_session();
+	must(put(PCI_DEVICE BDF "/sriov_numvfs", "0"), "sriov_numvfs");
+
+	create_session("dma");
+	preserve_all();
+	ret = put(PCI_DEVICE BDF "/sriov_numvfs", "2");
+	verdict(ret == -EBUSY, "virtual functions of a preserved device", ret);
+	end_session();
+	ret = put(PCI_DEVICE BDF "/sriov_numvfs", "2");
+	verdict(!ret, "virtual functions after that", ret);
+}
+
 static int sysrq = -1;
 
 static void crash(int sig)
@@ -865,6 +887,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unplugold", .first = unplugold_first, .stays = true },
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
+		{ .name = "sriov", .first = sriov_first, .stays = true },
 		{ .name = "panic", .first = panic_first },
 		{ .name = "map", .first = damage_first, .next = damage_next },
 		{ .name = "fdt", .first = damage_first, .next = damage_next },
