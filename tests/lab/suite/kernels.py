@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The other kernels: modular and debug come up, hand over, and stay silent."""
+"""The other kernels: modular and debug come up, hand over, take devices over, and stay silent."""
 
 import shutil
 
 from lablib.check import expect, test
 from suite.bare import boot_id
+from suite.dma import FULL, Run
 from suite.service import MIB, Khod
 from suite.upstream import quiet, suite
 
@@ -74,6 +75,22 @@ def a_memfd_comes_through_on_the_debug_kernel(ctx):
         handover(ctx, vm)
         quiet(vm)
         leaks(vm)
+
+
+def device_between(ctx, **kw):
+    """A device goes from the minimal kernel to the debug one and back, and nothing is leaked."""
+    minimal, debug = ctx.kernel(), ctx.kernel("debug")
+    # The debug kernel does not fit into the scratch that the minimal one would set aside.
+    run = Run(ctx, kexecs=2, rate=200, options=f"{FULL} dma.leaks=1 kho_scratch=64M,320M,320M",
+              kernel=minimal, nexts=[debug, minimal], memory="2G", timeout=1500, **kw)
+    run.nothing_lost(ctx, 2)
+    expect(run.lines("ok leaks"), "leaks were not looked for")
+    quiet(run.vm)
+
+
+@test(part="kernels", kernels=(DEBUG, MINIMAL))
+def dma_from_minimal_to_debug_and_back(ctx):
+    device_between(ctx)
 
 
 @test(part="kernels", kernels=(DEBUG,))

@@ -32,6 +32,7 @@
  *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
  *   dma.next=ARG one more argument for each next kernel
  *   dma.modules=root modules are to be loaded from the root file system, see modules.c
+ *   dma.leaks=1  look for memory that the kernel leaked, where it can tell, in each kernel
  *   dma.stage=K, dma.left=M are set by itself
  */
 #ifndef DMA_GUEST_H
@@ -139,6 +140,7 @@ void __attribute__((noreturn)) die(const char *what);
 void check(long ret, const char *what);
 void must(int ret, const char *what);
 void verdict(bool ok, const char *what, int ret);
+void check_leaks(void);
 int put(const char *path, const char *val);
 const char *param(const char *name, const char *dflt);
 

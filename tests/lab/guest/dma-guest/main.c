@@ -232,6 +232,8 @@ static void run(int stage, int left, bool irq, bool fill)
 		if (claim)
 			run_for(2);
 		check_filler();
+		if (atoi(param("dma.leaks", "0")))
+			check_leaks();
 	}
 	if (left > 0 && !mode->stays)
 		handover(stage, left, claim);
