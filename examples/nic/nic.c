@@ -21,6 +21,9 @@
  * others with the one that the kernel makes by itself.
  *
  * --alone: without khod, to see what gets lost then.
+ * --lease: registered so that mappings can be changed until khod asks to be ready for a
+ *		handover. To show that, it maps a page of its memory once more every second until
+ *		then, and the next instance looks if these came over, too.
  * SIGTERM:	write the counts, exit. The device goes on: khod has it.
  *
  * The device's registers are not touched after a claim, but for the tail of the ring.
@@ -57,12 +60,14 @@
 #define PART_SIZE (20 * MIB)
 #define N_PAGES (STATE_OFF / PAGE)
 #define IOVA UINT64_C(0x100000000)
+#define EXTRA_IOVA UINT64_C(0x200000000)
+#define EXTRA_MAX 256u
 
 /* The first device that VFIO has, with an IOMMU or without. */
 #define VFIO "/dev/vfio/devices/vfio0"
 #define VFIO_NOIOMMU "/dev/vfio/devices/noiommu-vfio0"
 
-#define STATE_MAGIC UINT64_C(0x3263696e646f686b)
+#define STATE_MAGIC UINT64_C(0x3363696e646f686b)
 #define MAX_PORTS 4
 #define REGION_BAR0 0
 #define REGION_CONFIG 7
@@ -83,6 +88,7 @@ struct state {
 	uint32_t next;		/* the descriptor to look at next */
 	uint32_t tail;		/* what RDT was set to */
 	uint32_t ioas;		/* its id when this was registered last */
+	uint32_t extra;		/* of the first port: pages mapped once more, from EXTRA_IOVA on */
 	uint32_t noiommu;	/* the device is told physical addresses, not IOVAs */
 	uint64_t at[N_PAGES];	/* where the device was told that the pages are */
 };
@@ -103,12 +109,15 @@ struct nic {
 	struct kho_client *client;
 	const char *workload;
 	const char *status_path;
+	const char *socket_path;
 	const char *devices[MAX_PORTS];
 	int memfd, iommufd;
 	uint32_t ioas;
 	struct port ports[MAX_PORTS];
 	size_t n_ports;
 	uint32_t handovers;
+	bool lease;
+	bool ready;		/* khod has preserved all: nothing can be changed */
 };
 
 /* The client's names of the devices' files. */
@@ -233,6 +242,33 @@ static uint64_t dma_address(struct nic *n, struct port *p, uint64_t page)
 	return pa;
 }
 
+static uint64_t extra_address(struct nic *n, uint32_t i)
+{
+	struct kho_error *err = NULL;
+	uint64_t pa;
+	int r = kho_iommufd_noiommu_pa(n->kho, n->iommufd, n->ioas, EXTRA_IOVA + (uint64_t)i * PAGE, &pa,
+				       &err);
+
+	if (r < 0)
+		die("physical addresses", r, err);
+	return pa;
+}
+
+/* Once more the first page of the memory. Return: 0, -EBUSY: it is preserved. */
+static int map_extra(struct nic *n)
+{
+	struct state *s = n->ports[0].state;
+	struct kho_error *err = NULL;
+	int r = kho_iommufd_map_file(n->kho, n->iommufd, n->ioas, n->memfd, 0, PAGE,
+				     EXTRA_IOVA + (uint64_t)s->extra * PAGE, KHO_AREA_READABLE, &err);
+
+	if (r < 0 && r != -EBUSY)
+		die("mappings", r, err);
+	kho_error_free(err);
+	s->extra += r >= 0;
+	return r;
+}
+
 static void start_device(struct nic *n, struct port *p)
 {
 	struct kho_error *err = NULL;
@@ -351,8 +387,9 @@ static void write_status(struct nic *n, const char *what)
 		die(tmp, -errno, NULL);
 	fprintf(f, "status=%s\nkernel=%s\nstarts=%" PRIu64 "\nhandovers=%" PRIu32 "\nseen=%" PRIu64
 		"\nlost=%" PRIu64 "\nduplicates=%" PRIu64 "\nforeign=%" PRIu64 "\nnext=%" PRIu64
-		"\nin_ring=%" PRIu64 "\n", what, uts.release, n->ports[0].state->starts, n->handovers,
-		sum.seen, sum.lost, sum.duplicates, sum.foreign, sum.expect, sum.in_ring);
+		"\nin_ring=%" PRIu64 "\nextra=%" PRIu32 "\nready=%d\n", what, uts.release, n->ports[0].state->starts, n->handovers,
+		sum.seen, sum.lost, sum.duplicates, sum.foreign, sum.expect, sum.in_ring,
+		n->ports[0].state->extra, n->ready);
 	if (fclose(f) != 0 || rename(tmp, n->status_path) < 0)
 		die(n->status_path, -errno, NULL);
 }
@@ -406,6 +443,9 @@ static void resume(struct nic *n, struct kho_claim *claim)
 			if (dma_address(n, p, k) != p->state->at[k])
 				die("a page under the device has moved", -EFAULT, NULL);
 	}
+	for (uint32_t i = 0; n->ports[0].state->noiommu && i < n->ports[0].state->extra; i++)
+		if (extra_address(n, i) != n->ports[0].state->at[0])
+			die("what was mapped later has not come over", -EFAULT, NULL);
 	/* Until here nothing has changed, and the next one could claim it. */
 	acknowledge(n, claim);
 	for (size_t i = 0; i < n->n_ports; i++) {
@@ -445,6 +485,7 @@ static void start(struct nic *n)
 			die("device", r, err);
 		attach(n, p, id, i == 0);
 		p->state->ioas = n->ioas;
+		p->state->extra = 0;
 		p->state->noiommu = is_noiommu(n->devices[i]);
 		p->state->next = 0;
 		map_bar(n, p);
@@ -458,14 +499,67 @@ static void registration(struct nic *n)
 		{ .name = "memory", .fd = n->memfd },
 		{ .name = "iommufd", .fd = n->iommufd },
 	};
+	struct kho_policy policy = { .keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD };
 	struct kho_error *err = NULL;
 	int r;
 
 	for (size_t i = 0; i < n->n_ports; i++)
 		files[2 + i] = (struct kho_client_file){ .name = names[i], .fd = n->ports[i].dev };
-	r = kho_client_register(n->client, n->workload, files, 2 + n->n_ports, NULL, 0, &err);
+	r = kho_client_register_policy(n->client, n->workload, files, 2 + n->n_ports, NULL, 0, &policy,
+				       &err);
+	/* The khod before had preserved it; the descriptors here are as good. */
+	if (r == -EEXIST && n->lease) {
+		err = kho_error_free(err);
+		r = kho_client_release(n->client, n->workload, NULL, 0, &err);
+		if (r >= 0)
+			r = kho_client_register_policy(n->client, n->workload, files, 2 + n->n_ports, NULL, 0,
+						       &policy, &err);
+	}
 	if (r < 0)
 		die("register", r, err);
+	n->ready = false;
+}
+
+static void connect_khod(struct nic *n)
+{
+	struct kho_error *err = NULL;
+	int r = kho_client_connect(n->kho, n->socket_path, &n->client, &err);
+
+	if (r < 0)
+		die("khod", r, err);
+}
+
+/* What khod wants to know of who has a lease. */
+static void hear(struct nic *n)
+{
+	struct kho_error *err = NULL;
+	struct kho_event event;
+	int r = kho_client_event(n->client, 0, &event, &err);
+
+	if (r == -ECONNRESET || r == -ENOTCONN) {
+		/* khod has ended, and the lease with it. The device and all else is here. */
+		kho_error_free(err);
+		n->client = kho_client_free(n->client);
+		connect_khod(n);
+		registration(n);
+		return;
+	}
+	if (r < 0)
+		die("khod", r, err);
+	if (event.kind == KHO_EVENT_ABORTED)
+		n->ready = false;
+	if (event.kind != KHO_EVENT_PREPARE)
+		return;
+	r = kho_client_ready(n->client, &event, &err);
+	if (r < 0) {
+		fprintf(stderr, "nic: not ready for handover %" PRIu64 ": %s\n", event.handover,
+			kho_error_message(err));
+		kho_error_free(err);
+		return;
+	}
+	n->ready = true;
+	if (map_extra(n) != -EBUSY)
+		die("a mapping was changed after READY", -EINVAL, NULL);
 }
 
 int main(int argc, char **argv)
@@ -473,6 +567,7 @@ int main(int argc, char **argv)
 	static const struct option options[] = {
 		{ "alone", no_argument, NULL, 'a' },
 		{ "device", required_argument, NULL, 'd' },
+		{ "lease", no_argument, NULL, 'l' },
 		{ "name", required_argument, NULL, 'n' },
 		{ "socket", required_argument, NULL, 's' },
 		{ "status", required_argument, NULL, 'o' },
@@ -480,7 +575,6 @@ int main(int argc, char **argv)
 	};
 	struct nic n = { .workload = "nic", .status_path = "/run/nic.status", .memfd = -1,
 			 .iommufd = -1 };
-	const char *socket_path = NULL;
 	struct sigaction sa = { .sa_handler = on_signal };
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
@@ -498,11 +592,14 @@ int main(int argc, char **argv)
 				die("--device", -E2BIG, NULL);
 			n.devices[n.n_ports++] = optarg;
 			break;
+		case 'l':
+			n.lease = true;
+			break;
 		case 'n':
 			n.workload = optarg;
 			break;
 		case 's':
-			socket_path = optarg;
+			n.socket_path = optarg;
 			break;
 		case 'o':
 			n.status_path = optarg;
@@ -522,9 +619,7 @@ int main(int argc, char **argv)
 	if (alone) {
 		r = -ENOENT;
 	} else {
-		r = kho_client_connect(n.kho, socket_path, &n.client, &err);
-		if (r < 0)
-			die("khod", r, err);
+		connect_khod(&n);
 		r = kho_client_claim(n.client, n.workload, NULL, 0, &claim, &err);
 	}
 	if (r == 0 && kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED) {
@@ -548,9 +643,14 @@ int main(int argc, char **argv)
 		n.ports[i].state->starts++;
 	if (!alone)
 		registration(&n);
-	n.client = kho_client_free(n.client);
+	if (!n.lease)
+		n.client = kho_client_free(n.client);
 
 	while (!stop) {
+		if (n.client)
+			hear(&n);
+		if (n.client && !n.ready && round % 250 == 0 && n.ports[0].state->extra < EXTRA_MAX)
+			(void)map_extra(&n);
 		if (round++ % 50 == 0)
 			write_status(&n, "running");
 		receive(&n);
@@ -558,6 +658,7 @@ int main(int argc, char **argv)
 	}
 	receive(&n);
 	write_status(&n, "stopped");
+	kho_client_free(n.client);
 	kho_free(n.kho);
 	return EXIT_SUCCESS;
 }

@@ -305,3 +305,38 @@ def several_workloads_of_different_users(ctx):
         dma = nic.dma_times(vm)
         expect(len(dma) == total, f"{total} packets sent, {len(dma)} written by DMA")
         ctx.figure("packets", f"{total} sent to 4 devices, {len(dma)} by DMA, all seen")
+
+
+LEASE = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
+         "ExecStart=/usr/lib/khod/tests/nic --lease --status /run/lab-nic.status\\n' > $d/lease.conf; sync; "
+         "systemctl daemon-reload; systemctl stop lab-nic; khoctl release nic; systemctl start lab-nic")
+
+
+@test(part="nic", kernels=A_AND_B)
+def packets_land_with_a_lease(ctx):
+    """Mappings made while leased come over; khod is killed and a handover undone before; none lost."""
+    with booted(ctx) as vm:
+        vm.ready()
+        nic.wait_running(vm)
+        vm.run(LEASE, 60)
+        nic.wait_running(vm)
+
+        def extra(more):
+            """Wait until the driver has mapped @more pages than now."""
+            least = nic.status(vm)["extra"] + more
+            vm.run(f"for i in $(seq 300); do [ $(sed -n s/^extra=//p {nic.STATUS}) -ge {least} ] && exit 0; "
+                   "sleep 0.1; done; exit 1")
+        extra(2)
+        expect(shown(vm)["state"] == "leased", shown(vm))
+        vm.run("khoctl preserve")
+        expect(shown(vm)["state"] == "held", shown(vm))
+        vm.run("khoctl abort")
+        extra(2)
+        vm.run("systemctl kill -s KILL khod")
+        extra(2)
+        vm.run("for i in $(seq 100); do khoctl list | grep -q 'nic *leased' && exit 0; sleep 0.1; done; exit 1")
+        mapped = nic.status(vm)["extra"]
+        c = nic.over_kexec(vm, ctx.kernel(release="-b"))
+        figures(ctx, c)
+        expect(not judge(c), "; ".join(judge(c)))
+        expect(shown(vm)["state"] == "leased" and nic.status(vm)["extra"] > mapped, shown(vm))
