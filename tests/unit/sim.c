@@ -877,7 +877,7 @@ size_t sim_sessions(struct sim *s, bool incoming)
 	return n;
 }
 
-size_t sim_khod_fds(struct sim *s)
+static size_t count_khod_fds(struct sim *s)
 {
 	char path[64];
 	size_t n = 0;
@@ -890,6 +890,32 @@ size_t sim_khod_fds(struct sim *s)
 	if (d)
 		closedir(d);
 	return n;
+}
+
+size_t sim_khod_fds(struct sim *s)
+{
+	size_t n = count_khod_fds(s);
+
+	for (int same = 0; same < 5; same++) {
+		size_t now;
+
+		usleep(20000);
+		now = count_khod_fds(s);
+		if (now != n)
+			same = -1;
+		n = now;
+	}
+	return n;
+}
+
+bool sim_khod_comes_to_fds(struct sim *s, size_t n)
+{
+	for (int i = 0; i < 1000; i++) {
+		if (count_khod_fds(s) == n)
+			return true;
+		usleep(10000);
+	}
+	return false;
 }
 
 struct simdev *sim_lock_devices(struct sim *s)

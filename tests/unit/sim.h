@@ -54,8 +54,10 @@ size_t sim_store_count(struct sim *s);
 /* Those of them that are no sessions. */
 size_t sim_store_memfds(struct sim *s);
 size_t sim_sessions(struct sim *s, bool incoming);
-/* Descriptors that khod has open. */
+/* Descriptors that khod has open, when their number has not changed for 100 ms. */
 size_t sim_khod_fds(struct sim *s);
+/* Does khod come to have as many within 10 s? It closes those of clients on threads. */
+bool sim_khod_comes_to_fds(struct sim *s, size_t n);
 /* What khod wrote to stderr since sim_new(), terminated. */
 const char *sim_log(struct sim *s);
 

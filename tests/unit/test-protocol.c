@@ -136,6 +136,7 @@ static int lingering_socket(int *peer)
 Test(protocol, a_descriptor_that_lingers)
 {
 	struct timespec begin, end;
+	long longest = 0;
 	int peer[4];
 
 	for (int i = 0; i < 4; i++) {
@@ -149,14 +150,16 @@ Test(protocol, a_descriptor_that_lingers)
 		close(slow);
 		close(s);
 	}
-	clock_gettime(CLOCK_MONOTONIC, &begin);
 	/* Until it has come to all of them. */
 	for (int i = 0; i < 50; i++) {
+		clock_gettime(CLOCK_MONOTONIC, &begin);
 		must_work();
+		clock_gettime(CLOCK_MONOTONIC, &end);
+		if (end.tv_sec - begin.tv_sec > longest)
+			longest = end.tv_sec - begin.tv_sec;
 		usleep(10000);
 	}
-	clock_gettime(CLOCK_MONOTONIC, &end);
-	cr_assert(end.tv_sec - begin.tv_sec < 10, "%ld s", (long)(end.tv_sec - begin.tv_sec));
+	cr_assert(longest < 10, "%ld s", longest);
 	for (int i = 0; i < 4; i++)
 		close(peer[i]);
 }
@@ -179,8 +182,7 @@ Test(protocol, empty_packets_with_descriptors)
 		close(s);
 	}
 	must_work();
-	/* A connection may be on its way out at either count. */
-	cr_assert(sim_khod_fds(sim) <= before + 1, "%zu, not %zu", sim_khod_fds(sim), before);
+	cr_assert(sim_khod_comes_to_fds(sim, before), "%zu, not %zu", sim_khod_fds(sim), before);
 	close(pair[0]);
 	close(pair[1]);
 }
@@ -351,7 +353,7 @@ Test(protocol, descriptors_that_do_not_belong)
 	close(s);
 
 	usleep(50000);
-	cr_assert(sim_khod_fds(sim) == fds_before, "khod leaks: %zu, then %zu", fds_before,
+	cr_assert(sim_khod_comes_to_fds(sim, fds_before), "khod leaks: %zu, then %zu", fds_before,
 		  sim_khod_fds(sim));
 }
 
