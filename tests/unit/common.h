@@ -107,6 +107,28 @@ static inline bool check_memfd(int fd, size_t size, unsigned int seed)
 	return true;
 }
 
+/* All fault points of khod, to be read by next_fault_point() and closed by pclose(). */
+static inline FILE *fault_points(void)
+{
+	char cmd[512];
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
+	f = popen(cmd, "r");
+	cr_assert(f);
+	return f;
+}
+
+static inline bool next_fault_point(FILE *f, char name[64], char phase[64])
+{
+	char line[512];
+
+	while (fgets(line, sizeof(line), f))
+		if (sscanf(line, "%63s %63s", name, phase) == 2)
+			return true;
+	return false;
+}
+
 static inline ino_t ino_of(int fd)
 {
 	struct stat st = {};

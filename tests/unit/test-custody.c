@@ -433,18 +433,15 @@ Test(custody, no_liveupdate)
 static size_t sweep(const char *phase, void (*one)(const char *fault, bool *killed, bool patched),
 		    bool patched)
 {
-	char cmd[512], line[512];
 	size_t kills = 0, points = 0;
-	FILE *f;
+	char name[64], in[64];
+	FILE *f = fault_points();
 
-	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
-	f = popen(cmd, "r");
-	cr_assert(f);
-	while (fgets(line, sizeof(line), f)) {
-		char name[64], in[64], fault[80];
+	while (next_fault_point(f, name, in)) {
+		char fault[80];
 		bool killed = true;
 
-		if (sscanf(line, "%63s %63s", name, in) != 2 || strcmp(in, phase) != 0)
+		if (strcmp(in, phase) != 0)
 			continue;
 		points++;
 		for (int n = 1; killed; n++) {

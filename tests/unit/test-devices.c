@@ -5,8 +5,7 @@
  * failing once. Whatever happens, the end is one of two: restored, or quiesced with the
  * reason; no device runs without a table, and the memory is there.
  */
-#include "common.h"
-#include "sim-devices.h"
+#include "machine.h"
 
 #define N_DEV 2
 
@@ -17,36 +16,6 @@ struct client {
 	int memfds[2], ctx, dev[N_DEV];
 	uint32_t ioas[2], hwpt, dev_id[N_DEV];
 };
-
-static struct kho *kho;
-static struct sim *sim;
-
-static void must(int r, struct kho_error *err, const char *what)
-{
-	cr_assert(r >= 0, "%s: %s\n%s", what, err ? kho_error_format(err, r) : strerror(-r),
-		  sim_log(sim));
-}
-
-static void setup(void)
-{
-	sim = sim_new(true);
-	setenv("KHO_SIM", sim_dir(sim), 1);
-	cr_assert(kho_new(&kho, sim_ops(), NULL) == 0);
-	sim_fail(0, 0);
-}
-
-static void teardown(void)
-{
-	kho = kho_free(kho);
-	sim_free(sim);
-	sim = NULL;
-}
-
-static void again(void)
-{
-	teardown();
-	setup();
-}
 
 TestSuite(devices, .init = setup, .fini = teardown, .timeout = 300);
 
@@ -341,18 +310,15 @@ Test(devices, shared_files_are_refused_by_name)
 /* Every fault point of a phase, with every N at which it fires. */
 static void sweep(const char *phase, void (*one)(const char *fault, bool *killed))
 {
-	char cmd[512], line[512];
 	size_t kills = 0, points = 0;
-	FILE *f;
+	char name[64], in[64];
+	FILE *f = fault_points();
 
-	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
-	f = popen(cmd, "r");
-	cr_assert(f);
-	while (fgets(line, sizeof(line), f)) {
-		char name[64], in[64], fault[80];
+	while (next_fault_point(f, name, in)) {
+		char fault[80];
 		bool killed = true;
 
-		if (sscanf(line, "%63s %63s", name, in) != 2 || strcmp(in, phase) != 0)
+		if (strcmp(in, phase) != 0)
 			continue;
 		points++;
 		for (int n = 1; killed; n++) {

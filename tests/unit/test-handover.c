@@ -7,8 +7,7 @@
 #include <pthread.h>
 #include <sys/socket.h>
 
-#include "common.h"
-#include "sim-devices.h"
+#include "machine.h"
 #include "wire.h"
 
 #define IOVA 0x10000
@@ -22,37 +21,6 @@ struct client {
 	unsigned int seed;
 	struct kho_client *k;
 };
-
-static struct kho *kho;
-static struct sim *sim;
-
-static void must(int r, struct kho_error *err, const char *what)
-{
-	cr_assert(r >= 0, "%s: %s\n%s", what, err ? kho_error_format(err, r) : strerror(-r),
-		  sim_log(sim));
-}
-
-static void setup(void)
-{
-	raise_limits();
-	sim = sim_new(true);
-	setenv("KHO_SIM", sim_dir(sim), 1);
-	cr_assert(kho_new(&kho, sim_ops(), NULL) == 0);
-	sim_fail(0, 0);
-}
-
-static void teardown(void)
-{
-	kho = kho_free(kho);
-	sim_free(sim);
-	sim = NULL;
-}
-
-static void again(void)
-{
-	teardown();
-	setup();
-}
 
 TestSuite(handover, .init = setup, .fini = teardown, .timeout = 300);
 
@@ -730,19 +698,14 @@ static void one_round(struct client *c, struct operator *o)
 Test(handover, killed_at_every_point)
 {
 	static const char *const phases[] = { "register", "register-devices", "handover", "abort" };
-	char cmd[512], line[512];
 	size_t kills = 0, points = 0;
-	FILE *f;
+	char name[64], in[64];
+	FILE *f = fault_points();
 
-	snprintf(cmd, sizeof(cmd), "%s --list-fault-points", getenv("KHOD_SIM"));
-	f = popen(cmd, "r");
-	cr_assert(f);
-	while (fgets(line, sizeof(line), f)) {
-		char name[64], in[64], fault[80];
+	while (next_fault_point(f, name, in)) {
+		char fault[80];
 		bool killed = true, wanted = false;
 
-		if (sscanf(line, "%63s %63s", name, in) != 2)
-			continue;
 		for (size_t i = 0; i < sizeof(phases) / sizeof(phases[0]); i++)
 			wanted |= strcmp(in, phases[i]) == 0;
 		if (!wanted)
