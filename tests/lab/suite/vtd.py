@@ -211,7 +211,8 @@ def stopped(ctx, mode):
     """Every 16th packet is to go to where nothing is mapped; the IOMMU stops it in both kernels."""
     run = Run(ctx, kexecs=1, machine=MODES[mode], trace=(FAULT,), options="dma.outside=16")
     got, sent = run.result(), len(run.sent)
-    expect(sent - got["received"] == got["bad"] == got["lost"], f"sent {sent}: {got}")
+    # Not "lost": a last packet that went astray is followed by none that would show it.
+    expect(sent - got["received"] == got["bad"], f"sent {sent}: {got}")
     hits = [e.when for e in trace.read(run.vm.dir / "trace.log", {FAULT})
             if requester(e) == DEVICE]
     (begin, end), = run.blackouts()
