@@ -10,7 +10,7 @@ guest has two CPUs: on one, what systemd starts side by side comes one after the
 
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
 shapes       preserved memory by itself, see bench_memory.py
-vtd          a device behind VT-d beside its cold set-up, see bench_vtd.py
+noiommu, vtd a handover of a device beside its cold set-up, see bench_device.py
 replace      its moves from one HWPT to another beside those of the unpatched driver
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
              on this host, without a guest
@@ -19,7 +19,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
 import subprocess
 import time
 
-from . import bench_memory, bench_restore, bench_vtd, kernel, stats, timeline
+from . import bench_device, bench_memory, bench_restore, kernel, stats, timeline
 from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
@@ -83,8 +83,8 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "vtd": bench_vtd.main,
-         "replace": bench_vtd.replaces}
+PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "noiommu": bench_device.noiommu,
+         "vtd": bench_device.vtd, "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
 
 

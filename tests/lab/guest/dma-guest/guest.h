@@ -27,8 +27,8 @@
  *   dma.replaces=N how often the mode "replace" does it
  *   dma.iova=N   where in the IOAS the memory is
  *   dma.areas=N  so many areas more in the IOAS, of a page each
- *   dma.large=N  N MiB of memory more, in the IOAS as so many areas as dma.pieces=M says;
- *                of 4 KiB folios with dma.small=1
+ *   dma.large=N  N MiB of memory more, in the IOAS as so many areas as dma.pieces=M says,
+ *                see large.c; of 4 KiB folios with dma.small=1
  *   dma.outside=N every N-th packet is to be written to an IOVA that is not mapped
  *   dma.next=ARG one more argument for each next kernel
  *   dma.modules=root modules are to be loaded from the root file system, see modules.c
@@ -63,7 +63,7 @@
 #define PCI_DEVICE	"/sys/bus/pci/devices/"
 
 enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5, TOK_DEV2 = 6,
-       TOK_LARGE = 7 };
+       TOK_LARGE = 16 /* and the seven that follow */ };
 
 struct nic_state {
 	uint32_t next;		/* descriptor to look at next */
@@ -153,13 +153,16 @@ void map_mem(void);
 void note_pages(void);
 void check_pages(void);
 uint64_t dma_addr(uint32_t off);
-extern int large_fd;		/* -1 without dma.large= */
-uint64_t large_size(void);
-void make_large(void);
 void preserve_more(void);
 void retrieve_more(void);
 void fill_memory(void);
 void check_filler(void);
+
+/* large.c: all do nothing without dma.large= */
+void make_large(void);
+void map_large(uint32_t ioas);
+void preserve_large(void);
+void retrieve_large(void);
 
 /* iommu.c */
 extern int iommufd;

@@ -5,9 +5,8 @@
 #include <sys/ioctl.h>
 #include <linux/iommufd.h>
 
-/* From the memory to the first of many areas, and to the large memory */
+/* From the memory to the first of many areas */
 #define AREAS_OFF		(1ull << 36)
-#define LARGE_OFF		(1ull << 37)
 
 /* IOMMU_HW_CAP_HITLESS_REPLACE, which an unpatched kernel never sets. */
 #define HW_CAP_HITLESS_REPLACE	(1u << 4)
@@ -56,24 +55,12 @@ static void map_areas(void)
 	say("mapped %u areas in %.1f s", n, now() - t0);
 }
 
-static void map_large(void)
-{
-	uint64_t size = large_size(), n = atoi(param("dma.pieces", "1")), piece;
-
-	if (large_fd < 0)
-		return;
-	piece = size / n / PAGE * PAGE;
-	for (uint64_t i = 0; i < n; i++)
-		must(try_map_file(ioas_id, large_fd, i * piece, piece,
-				  mem_iova + LARGE_OFF + i * piece), "map large memory");
-}
-
 void make_ioas(void)
 {
 	ioas_id = alloc_ioas();
 	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, mem_iova), "IOAS_MAP_FILE");
 	map_areas();
-	map_large();
+	map_large(ioas_id);
 }
 
 uint64_t get_pa(uint64_t iova)

@@ -125,8 +125,7 @@ void preserve_all(void)
 	double t0 = now(), t1, t2;
 
 	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
-	if (large_fd >= 0)
-		must(try_preserve(large_fd, TOK_LARGE), "preserve large memory");
+	preserve_large();
 	if (atoi(param("dma.more", "0")))
 		preserve_more();
 	t1 = now();

@@ -91,10 +91,7 @@ static void retrieve_memfd(int stage)
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
 	map_mem();
-	if (large_size()) {
-		large_fd = try_retrieve(TOK_LARGE);
-		must(large_fd, "retrieve large memory");
-	}
+	retrieve_large();
 	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
 }
 
@@ -112,6 +109,8 @@ static void retrieve_device(void)
 
 static void retrieve_all(int stage)
 {
+	double t0 = now(), t1, t2;
+
 	retrieve_session("dma");
 	if (mode->reversed) {
 		retrieve_device();
@@ -119,8 +118,12 @@ static void retrieve_all(int stage)
 		retrieve_memfd(stage);
 	} else {
 		retrieve_memfd(stage);
+		t1 = now();
 		retrieve_iommufd();
+		t2 = now();
 		retrieve_device();
+		say("SETUP memory=%.1f context=%.1f device=%.1f", (t1 - t0) * 1e3,
+		    (t2 - t1) * 1e3, (now() - t2) * 1e3);
 	}
 }
 
@@ -142,7 +145,7 @@ static void check_pending(void)
 /* Any later kernel: take everything back. Without @claim as an agent does for somebody else. */
 static void take_back(int stage, bool irq, bool fill, bool claim)
 {
-	double t0, adopt, rebuild;
+	double t0, bind, rebuild;
 	uint32_t frozen_id;
 	int fd, other;
 
@@ -157,9 +160,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	if (mode->waiting)
 		mode->waiting();
 
-	t0 = now();
 	retrieve_all(stage);
-	adopt = now() - t0;
 	fd = try_finish();
 	verdict(fd == -EBUSY, "finish before bind", fd);
 	other = open("/dev/iommu", O_RDWR);
@@ -168,7 +169,9 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	close(other);
 	if (mode->dies)
 		mode->bound();
+	t0 = now();
 	must(try_bind(), "bind");
+	bind = now() - t0;
 	if (claim)
 		map_bar();
 	replace_unequal();
@@ -180,7 +183,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	t0 = now();
 	must(try_attach(ioas_id), "attach");
 	say("replaced the frozen HWPT");
-	say("SETUP adopt=%.1f rebuild=%.1f replace=%.1f", adopt * 1e3, rebuild * 1e3,
+	say("SETUP bind=%.1f rebuild=%.1f replace=%.1f", bind * 1e3, rebuild * 1e3,
 	    (now() - t0) * 1e3);
 	if (mode->replaced)
 		mode->replaced();

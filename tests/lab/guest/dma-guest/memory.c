@@ -74,33 +74,6 @@ void check_pages(void)
 	say("%s pages: %u of %u moved", moved ? "FAIL" : "ok", moved, NPAGES);
 }
 
-/* Memory that is in the IOAS for its size only. */
-int large_fd = -1;
-
-uint64_t large_size(void)
-{
-	return strtoull(param("dma.large", "0"), NULL, 0) << 20;
-}
-
-void make_large(void)
-{
-	uint64_t size = large_size();
-	uint8_t *p;
-
-	if (!size)
-		return;
-	if (atoi(param("dma.small", "0")))
-		must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never"), "small pages");
-	large_fd = new_memfd("large", size);
-	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, large_fd, 0);
-	if (p == MAP_FAILED)
-		die("mmap large memory");
-	for (uint64_t i = 0; i < size; i += PAGE)
-		p[i] = 1;
-	munmap(p, size);
-	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");
-}
-
 /* The rest of a workload's memory: preserved with the device, not mapped for it. */
 #define MORE_SIZE	(32u << 20)
 #define MORE_WORDS	(MORE_SIZE / sizeof(uint64_t))

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""make bench, parts `vtd` and `replace`: what a device behind VT-d costs.
+"""make bench, parts `noiommu`, `vtd` and `replace`: what a handover of a device costs.
 
-vtd      by memory, page size and areas
-replace  how long moving the device to another HWPT takes, beside the unpatched driver's, which
-         blocks the device meanwhile
+noiommu, vtd  by memory, page size and number of areas
+replace       how long moving the device to another HWPT takes, beside the unpatched driver's,
+              which blocks the device meanwhile
 
-One guest is one kexec of a NIC under traffic. Cold set-up, in the first kernel: the memory is
-made and touched, device and context are opened, mapped and attached. Beside it, from the same
-guest: preserve (memory, context and device), adopt (all of it retrieved), rebuild (the new IOAS
-with the same mappings), and replace (the page tables are compared, and switched). Each is given
-as a ratio to the cold set-up, with rounds over all shapes so that a drift of the machine meets
-all alike.
+One guest is one kexec of a NIC under traffic. The cold set-up is in the first kernel: the memory
+is made and touched, device and context are opened, bound, mapped and attached. Beside it, from
+the same guest:
+
+preserve  memory, context and device
+freeze    reboot(2) to "Starting new kernel", by the host's clock: all of the old kernel's part
+memory    retrieve the memfds
+retrieve  context and device
+bind      the device comes back on its frozen HWPT
+rebuild   the new IOAS with the same mappings
+replace   the page tables are compared, and switched
+
+Each is given as a ratio to the cold set-up, with rounds over all shapes so that a drift of the
+machine meets all alike.
 """
 
 import os
@@ -26,14 +34,13 @@ ROUNDS = 5
 REPLACES = 20000
 RATE = 100          # packets a second: what is lost has no influence on the time
 GOAL = 0.9          # of the unpatched driver's replaces a second, by the worse end
-MACHINE = "vtd-scalable"
-RESULT = PROJECT / "docs" / "results" / "vtd-bench.md"
-STEPS = ("preserve", "adopt", "rebuild", "replace")
+MACHINES = {"noiommu": ("noiommu", "No IOMMU."), "vtd": ("vtd-scalable", "Second-stage tables.")}
+STEPS = ("preserve", "freeze", "memory", "retrieve", "bind", "rebuild", "replace")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """@mib of memory in the IOAS, as @areas areas."""
+    """@mib of memory in the IOAS, as @areas areas of one memfd, or of eight if there are as many."""
     mib: int
     small: bool = False
     areas: int = 1
@@ -49,11 +56,11 @@ SHAPES = (Shape(64), Shape(64, small=True), Shape(512), Shape(512, small=True),
           Shape(4096), Shape(4096, small=True), Shape(8192), Shape(8192, small=True))
 
 
-def measure(shape, build) -> dict:
+def measure(shape, machine, build) -> dict:
     """One kexec: milliseconds of each step."""
     from suite.dma import Run       # pylint: disable=import-outside-toplevel
-    ctx = Context(f"bench-vtd-{shape.mib}")
-    run = Run(ctx, kexecs=1, rate=100, machine=MACHINE, timeout=600, kernel=build,
+    ctx = Context(f"bench-{machine}-{shape.mib}")
+    run = Run(ctx, kexecs=1, rate=RATE, machine=machine, timeout=600, kernel=build,
               memory=f"{shape.mib * 5 // 4 + 768}M",
               options=f"dma.large={shape.mib} dma.small={int(shape.small)} dma.pieces={shape.areas}")
     run.nothing_lost(ctx, 1)
@@ -61,6 +68,10 @@ def measure(shape, build) -> dict:
     got = {k: float(v) for k, v in re.findall(r"(\w+)=([\d.]+)", said)}
     kept = run.lines("preserved memfd")[0]
     got["preserve"] = sum(float(x) for x in re.findall(r"([\d.]+) ms", kept))
+    got["retrieve"] = got["context"] + got["device"]
+    console = run.vm.console
+    left = console.lines[console.find("Starting new kernel")].when
+    got["freeze"] = (left - run.lines("KEXEC")[0].when) * 1e3
     return got
 
 
@@ -75,22 +86,31 @@ def row(shape, rows) -> str:
     return "\n".join(out)
 
 
-def main(limit, seconds) -> None:
-    """At most @limit rounds (ROUNDS); no guest begins after @seconds."""
+def handovers(name, limit, seconds) -> None:
+    """At most @limit rounds (ROUNDS) of MACHINES[@name]; no guest begins after @seconds."""
+    machine, text = MACHINES[name]
     build, results, start = kernel.build("minimal"), {}, time.monotonic()
     for n in range(min(limit, ROUNDS)):
         for shape in SHAPES:
             if time.monotonic() - start > seconds:
                 break
-            got = measure(shape, build)
+            got = measure(shape, machine, build)
             results.setdefault(shape, []).append(got)
             print(f"round {n + 1}: {shape}: " + ", ".join(f"{k} {got[k]:.1f} ms" for k in ("cold", *STEPS)),
                   flush=True)
-    text = "\n".join(row(s, results[s]) for s in SHAPES if s in results)
-    print("\n" + text, flush=True)
-    RESULT.write_text(f"# bench: vtd\n\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, TCG, "
-                      f"{(time.monotonic() - start) / 60:.0f} minutes. Second-stage tables.\n\n"
-                      f"```\n{text}\n```\n")
+    rows = "\n".join(row(s, results[s]) for s in SHAPES if s in results)
+    print("\n" + rows, flush=True)
+    (PROJECT / "docs" / "results" / f"bench-{name}.md").write_text(
+        f"# bench: {name}\n\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, TCG, "
+        f"{(time.monotonic() - start) / 60:.0f} minutes. {text}\n\n```\n{rows}\n```\n")
+
+
+def noiommu(limit, seconds) -> None:
+    handovers("noiommu", limit, seconds)
+
+
+def vtd(limit, seconds) -> None:
+    handovers("vtd", limit, seconds)
 
 
 def replaces(limit, seconds) -> None:
