@@ -242,14 +242,14 @@ def write_result(part, commit, outcomes, seconds):
 
 
 def tap(text):
-    """Counts of a kselftest's output: (passed, failed names, skipped names)."""
-    passed, failed, skipped = 0, [], []
+    """Names of the cases in a kselftest's output: (passed, failed, skipped)."""
+    passed, failed, skipped = [], [], []
     for line in text.splitlines():
         words = line.split()
         if line.startswith("ok ") and "# SKIP" in line:
             skipped.append(" ".join(words[2:]).split(" # SKIP")[0].strip("- "))
         elif line.startswith("ok "):
-            passed += 1
+            passed.append(" ".join(words[2:]).strip("- "))
         elif line.startswith("not ok "):
             failed.append(" ".join(words[2:]).strip("- ").strip("# "))
     return passed, failed, skipped

@@ -367,6 +367,8 @@ done
 mkdir /tmp/tree/tools/testing/selftests
 cd /tmp/src/tools/testing/selftests
 cp -RL lib.mk kselftest*.h kselftest kho "$@" /tmp/tree/tools/testing/selftests/
+# Thirty seconds a case are too few for an emulated machine.
+sed -i '/define TEST_TIMEOUT_DEFAULT/s/30/600/' /tmp/tree/tools/testing/selftests/kselftest_harness.h
 for suite in "$@"; do
 	mkdir -p "/tmp/obj/$suite"
 	make -j"$(nproc)" -C "/tmp/tree/tools/testing/selftests/$suite" OUTPUT="/tmp/obj/$suite" \\

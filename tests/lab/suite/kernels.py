@@ -95,7 +95,8 @@ def dma_from_minimal_to_debug_and_back(ctx):
 
 @test(part="kernels", kernels=(DEBUG,))
 def upstream_suites_on_the_debug_kernel(ctx):
-    with ctx.vm(kernel=ctx.kernel("debug"), init="bare", memory="3G") as vm:
+    # The scratch areas that it would set aside leave too little of 3 GiB.
+    with ctx.vm(kernel=ctx.kernel("debug"), init="bare", memory="3G", kho_scratch="64M,700M,64M") as vm:
         vm.ready(SLOW)
         vm.run("echo 256 > /proc/sys/vm/nr_hugepages", check=False)
         suite(ctx, vm, "liveupdate/liveupdate", 600)
