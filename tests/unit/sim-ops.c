@@ -87,7 +87,7 @@ static int ask(int fd, unsigned long what)
 	if (sim_send(fd, &q, -1) < 0)
 		return -EINVAL;
 	/* Some other socket: nobody answers. */
-	if (poll(&p, 1, 500) <= 0 || sim_recv(fd, &a, &got) <= 0)
+	if (poll(&p, 1, 3000) <= 0 || sim_recv(fd, &a, &got) <= 0)
 		return -EINVAL;
 	return a.ret;
 }

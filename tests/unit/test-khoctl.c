@@ -163,7 +163,7 @@ Test(khoctl, real_khod)
 	if (access("/dev/liveupdate", F_OK) == 0)
 		cr_skip_test("this kernel has live update");
 	must(0, "liveupdate=on", "unset NOTIFY_SOCKET LISTEN_FDS; mkdir -p real; "
-	     "%s --socket real/s 2>log & pid=$!; for i in 1 2 3 4 5 6 7 8 9 10; do "
+	     "%s --socket real/s 2>log & pid=$!; for i in $(seq 100); do "
 	     "test -S real/s && break; sleep 0.2; done; "
 	     "%s --socket real/s status; echo x > f; %s --socket real/s register a f; r=$?; "
 	     "kill $pid; wait $pid || exit 9; rm -rf real; test $r = 1", getenv("KHOD"),

@@ -33,6 +33,7 @@ from .profiles import device_args, profile
 AGENT_TIMEOUT = 180
 BOOTED = re.compile(r"Linux version (\S+)")
 LIVE = set()        # guests whose QEMU runs
+PROBING = threading.Lock()
 
 
 @dataclass
@@ -107,8 +108,11 @@ def accelerator(kernel: Path) -> str:
         return forced
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     stamp = cache_dir() / f"accel-{boot}"
-    if not stamp.exists():
-        stamp.write_text("kvm" if kvm_works(kernel) else "tcg")
+    with PROBING:
+        if not stamp.exists():
+            new = stamp.with_name(f"{stamp.name}.{os.getpid()}")
+            new.write_text("kvm" if kvm_works(kernel) else "tcg")
+            new.rename(stamp)
     return stamp.read_text()
 
 
@@ -163,7 +167,7 @@ class VM:
         self.dir = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%H%M%S')}-{name}-", dir=runs))
         self.share = self.dir / "share"
         self.share.mkdir()
-        self.proc = self.qga = self.qmp = None
+        self.proc = self.qga = self.qmp = self.console = self.journal = None
         self.senders = []           # host ends of the netdevs, in the order of the devices
         self.boots = 0
         self.mark = 0               # line of the console at which the current boot began
@@ -197,7 +201,7 @@ class VM:
             parts.append(f"init=/usr/lib/khod-lab/{name}")
         return " ".join([*parts, self.append]).strip()
 
-    def args(self, fds) -> list:
+    def args(self, fds, serials) -> list:
         d, s = self.dir, self._sockdir
         args = [self.emulator.program, "-name", self.name,
                 "-machine", "q35,usb=off,vmport=off", "-accel", self.accel,
@@ -205,8 +209,10 @@ class VM:
                 "-m", self.memory, "-smp", str(self.cpus), "-display", "none", "-nodefaults",
                 "-no-user-config", "-rtc", "base=utc",
                 "-kernel", str(self.kernel / "bzImage"), "-append", self.cmdline(),
-                "-chardev", f"socket,id=con,path={s}/con,server=on,wait=on", "-serial", "chardev:con",
-                "-chardev", f"socket,id=jrn,path={s}/jrn,server=on,wait=on", "-serial", "chardev:jrn",
+                # Not by path: QEMU sends byte by byte, of which the default buffer holds 278, and
+                # a kernel that may not write any more throws away what it has.
+                "-chardev", f"socket,id=con,fd={serials[0]}", "-serial", "chardev:con",
+                "-chardev", f"socket,id=jrn,fd={serials[1]}", "-serial", "chardev:jrn",
                 "-chardev", f"socket,id=qga,path={s}/qga,server=on,wait=off",
                 "-device", "virtio-serial-pci", "-device",
                 "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
@@ -238,10 +244,12 @@ class VM:
         qemu_ends = []
         for kind in self.devices:
             if kind in ("e1000e", "igb", "virtio-net"):
-                ours, theirs = net_pair()
+                ours, theirs = buffered_pair(socket.SOCK_DGRAM)
                 self.senders.append(ours)
                 qemu_ends.append(theirs)
-        args = self.args([s.fileno() for s in qemu_ends])
+        (console, con), (journal, jrn) = (buffered_pair(socket.SOCK_STREAM) for _ in range(2))
+        args = self.args([s.fileno() for s in qemu_ends], [con.fileno(), jrn.fileno()])
+        qemu_ends += [con, jrn]
         (self.dir / "command").write_text("\n".join(args) + "\n")
         (self.dir / "trace.log").touch()
         with open(self.dir / "qemu.err", "wb") as err:
@@ -253,8 +261,8 @@ class VM:
         (self.dir / "pid").write_text(f"{self.proc.pid}\n")
         for s in qemu_ends:
             s.close()
-        self.console = Log(self.dir / "console.log", self.connect("con"))
-        self.journal = Log(self.dir / "journal.log", self.connect("jrn"))
+        self.console = Log(self.dir / "console.log", console)
+        self.journal = Log(self.dir / "journal.log", journal)
         self.qmp_connect()
         unknown = re.findall(r"trace event '(\S+)' does not exist",
                              (self.dir / "qemu.err").read_text(errors="replace"))
@@ -288,6 +296,9 @@ class VM:
                 self.proc.kill()
                 self.proc.wait()
         LIVE.discard(self)
+        for log in (self.console, self.journal):
+            if log:
+                log.thread.join(10)     # until it has read the last words
         for s in (self.qga, self.qmp, *self.senders):
             if s:
                 s.close()
@@ -469,9 +480,9 @@ def kill_all() -> None:
         vm.proc.kill()
 
 
-def net_pair():
-    """A pair of datagram sockets with buffers large enough that the host never drops."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+def buffered_pair(kind):
+    """A pair of sockets with buffers large enough that the host never drops and QEMU never waits."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     for s in (ours, theirs):
         for plain, force in ((socket.SO_SNDBUF, 32), (socket.SO_RCVBUF, 33)):
             with contextlib.suppress(OSError):
@@ -483,7 +494,12 @@ def net_pair():
 
 def prune_runs(runs: Path, keep: int = 60):
     """The oldest logs go, but never those of a guest that still runs."""
-    old = sorted((p for p in runs.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    def age(p):
+        try:
+            return p.stat().st_mtime
+        except OSError:         # somebody else has removed it
+            return 0.0
+    old = sorted((p for p in runs.iterdir() if p.is_dir()), key=age)
     for p in old[:-keep]:
         with contextlib.suppress(OSError, ValueError):
             os.kill(int((p / "pid").read_text()), 0)

@@ -6,10 +6,11 @@ with a 64-bit sequence number and the host's time (ns, monotonic), both big-endi
 after the header, padded with a pattern that depends on the number. They are
 written by a process of its own, so that nothing the test does delays them, to the
 host end of the device's netdev: a datagram socket with a buffer large enough
-that the host never drops one (and a full buffer is an error, not a loss).
+that the host never drops one (and a full one makes the sender wait).
 """
 
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -31,11 +32,21 @@ def frame(number: int, now: int, size: int = SIZE) -> bytes:
     return head + bytes([number * 31 & 0xFF]) * (size - len(head))
 
 
+def put(fd: int, data: bytes) -> bool:
+    """Whether there was room within a moment: a device that was stopped reads no more."""
+    try:
+        os.write(fd, data)
+        return True
+    except BlockingIOError:
+        select.select([], [fd], [], 0.05)
+        return False
+
+
 def send(fd: int, rate: float, log: str, limit: int) -> None:
     """The sender's own process: @rate packets a second until told to end by SIGTERM."""
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    os.set_blocking(fd, True)
+    os.set_blocking(fd, False)
     start, number = time.monotonic_ns(), 0
     with open(log, "wb", buffering=0) as f:
         while not stop and (not limit or number < limit):
@@ -49,9 +60,11 @@ def send(fd: int, rate: float, log: str, limit: int) -> None:
             # Written down before it is sent: a packet is never seen that was not recorded.
             f.write(RECORD.pack(number, now))
             try:
-                os.write(fd, frame(number, now))
-            except (ConnectionError, BrokenPipeError):
-                # The machine is off: this one was not sent.
+                while not put(fd, frame(number, now)):
+                    if stop:
+                        raise BrokenPipeError
+            except ConnectionError:
+                # The machine is off, or its buffer full to the end: this one was not sent.
                 f.truncate(number * RECORD.size)
                 break
             number += 1

@@ -207,7 +207,9 @@ class Run:
                   if ready < e.when < end]
         expect(not (got["failed"] or got["bad"] or got["lost"]), f"damage: {got}")
         expect(got["completed"] == got["posted"], f"reads are missing: {got}")
-        expect(min(done) >= 100, f"too few reads completed in a blackout: {done}")
+        # 150 a second; a blackout may be shorter than what 100 of them take.
+        expect(all(n >= 50 * min(t, 2) for n, t in zip(done, spans)),
+               f"too few reads completed in blackouts of {spans}: {done}")
         expect(not resets, f"it was reset: {resets}")
         ctx.figure("reads", f"{got['completed']} right, of which {sum(done)} during {kexecs} "
                             f"blackouts of {min(spans):.1f} to {max(spans):.1f} s")
@@ -254,11 +256,10 @@ def pending(ctx, options="", kexecs=1, **kw):
     run = Run(ctx, device="nvme", mode="pending", options=f"dma.irq=1 {options}", kexecs=kexecs, **kw)
     run.undisturbed(kexecs)
     begin, end = run.blackouts()[0]
-    # Each queue has twenty reads; how many of the first complete before reboot(2) is chance.
+    # Each queue has reads for two seconds; how many complete before reboot(2) is chance.
     queues = {m.group(1) for e in run.trace({"pci_nvme_enqueue_req_completion"})
               if begin < e.when < end and (m := re.search(r"cqid ([1-9]\d*)", e.text))}
     expect(len(queues) == 8, f"only the queues {sorted(queues)} completed reads in the blackout")
-    expect(not run.dma(end, end + 0.2), "reads completed after the blackout")
     m = re.search(r"irq: (\d+) of (\d+) vectors pending", run.lines("vectors pending")[0])
     ctx.figure("vectors", f"{m.group(1)} of {m.group(2)}")
     return int(m.group(1))

@@ -72,11 +72,16 @@ class Khod:
             expect("anon_inode:[luo_session]" in r, f"not a session in the fd store: {r}")
         expect(len(rows) == len(self.held()), f"{len(rows)} descriptors for {self.held()}")
 
-    def kills(self, since):
-        """The fault points at which khod killed itself since line @since of the journal."""
-        lines = list(self.vm.journal.lines)[since:]
-        found = (re.search(r"khod: fault point (\S+): killing myself", x) for x in lines)
-        return [m.group(1) for m in found if m]
+    def kills(self, since, points):
+        """The fault points at which khod killed itself since line @since of the journal, which
+        may be behind: waits until all of @points are there."""
+        end = time.monotonic() + 20
+        while True:
+            found = [m.group(1) for x in list(self.vm.journal.lines)[since:]
+                     if (m := re.search(r"khod: fault point (\S+): killing myself", x))]
+            if set(points) <= set(found) or time.monotonic() > end:
+                return found
+            time.sleep(0.2)
 
 
 def digests(text):
@@ -151,8 +156,9 @@ def killed_at_every_fault_point_before_the_kexec(ctx):
                 vm.run("khoctl release released")
             khod.only_sessions()
             done += 1
-        kills = khod.kills(since)
-        missing = set(khod.points("register", "start-outgoing", "claim", "release")) - set(kills)
+        points = khod.points("register", "start-outgoing", "claim", "release")
+        kills = khod.kills(since, points)
+        missing = set(points) - set(kills)
         expect(not missing, f"never reached: {missing}")
         ctx.figure("kills", f"{len(kills)} at {done} points")
 
@@ -169,7 +175,7 @@ def killed_at_every_fault_point_after_the_kexec(ctx):
         since = len(vm.journal.lines)
         vm.kexec()
         khod.settled()
-        kills = khod.kills(since)
+        kills = khod.kills(since, points)
         expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
         expect(sorted(khod.held()) == sorted(khod.made), f"lost: {set(khod.made) - set(khod.held())}")
         khod.only_sessions()
@@ -427,7 +433,8 @@ def killed_after_a_kexec_of_its_own_for_each_point(ctx):
                 since = len(vm.journal.lines)
                 vm.kexec()
                 khod.settled()
-                expect(khod.kills(since) == [point], f"{which}: killed at {khod.kills(since)}")
+                kills = khod.kills(since, [point])
+                expect(kills == [point], f"{which}: killed at {kills}")
                 expect(sorted(khod.held()) == ["a", "b"], f"{which}: {khod.held()}")
                 done += 1
         khod.claim("a")

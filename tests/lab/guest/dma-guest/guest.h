@@ -125,8 +125,8 @@ struct driver {
 extern const struct driver *const e1000e, *const igb, *const nvme;
 extern const struct driver *driver;
 
-/* nvme.c: so many reads in each queue, all of which complete during a blackout */
-#define NVME_PENDING	20u
+/* nvme.c: so many reads in each queue, two seconds of the throttled disk */
+#define NVME_PENDING	40u
 void nvme_post(uint32_t each);
 
 extern bool stopping;		/* nothing new is to be started */

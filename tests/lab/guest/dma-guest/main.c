@@ -127,6 +127,27 @@ static void retrieve_all(int stage)
 	}
 }
 
+/* The sender begins when it has heard READY. */
+static void wait_for_dma(void)
+{
+	double end = now() + 60;
+
+	while (!driver->take(true) && now() < end)
+		usleep(5000);
+}
+
+/* What is in flight completes with the vectors masked, however short the blackout was. */
+static void drain(void)
+{
+	double last = now();
+
+	while (now() < last + 0.5) {
+		if (driver->take(false))
+			last = now();
+		usleep(5000);
+	}
+}
+
 /*
  * What became pending in the blackout fires at its eventfd. Whether every queue had
  * something to complete is chance, except where reads were posted on each for that.
@@ -140,6 +161,8 @@ static void check_pending(void)
 	fired = take_irqs(&n);
 	say("%s irq: %u of %u vectors pending from the blackout, %llu events",
 	    fired >= used ? "ok" : "FAIL", fired, used, (unsigned long long)n);
+	if (mode->every_vector)
+		verdict(!driver->take(false), "nothing came after the vectors were set up", 0);
 }
 
 /* Any later kernel: take everything back. Without @claim as an agent does for somebody else. */
@@ -189,6 +212,8 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 		mode->replaced();
 	check_pages();
 	if (irq && claim) {
+		if (mode->every_vector)
+			drain();
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
 		check_pending();
 	}
@@ -225,6 +250,7 @@ static void run(int stage, int left, bool irq, bool fill)
 
 	if (stage == 1) {
 		first(irq);
+		wait_for_dma();
 		run_for(2);
 		if (mode->first)
 			mode->first();

@@ -472,7 +472,11 @@ static void pending_first(void)
 
 static void pending_last(void)
 {
-	nvme_post(NVME_PENDING);
+	/* In turn, and with time for QEMU, which serves one queue to its end. */
+	for (uint32_t n = 1; n <= NVME_PENDING; n++) {
+		nvme_post(n);
+		usleep(2000);
+	}
 }
 
 static uint32_t refusal(void)
