@@ -688,32 +688,13 @@ static int prepare(struct khod *k, struct group *g, struct kho_error **err)
 	return r;
 }
 
-/* Steps 1 to 8 above, from wherever they were left. */
-static int transfer(struct khod *k, struct group *g, struct session *target,
-		    struct kho_error **err)
+/* Everything into transit. */
+static int all_into_transit(struct khod *k, struct group *g, struct kho_error **err)
 {
 	struct workload *w = g->w;
-	size_t n;
-	int r;
+	int r = prepare(k, g, err);
 
-	r = no_files(w, err);
-	if (r >= 0)
-		r = find_files(k, g, target, false, err);
-	if (r >= 0)
-		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
-	if (r >= 0 && kho_image_has_devices(w->image))
-		r = restore(k, g, target, err);
-	if (r >= 0)
-		r = find_files(k, g, target, true, err);
-	/* Its devices go on, but nobody could make use of them. */
-	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
-		r = quiesce(k, g, g->lost, err);
-	if (r >= 0)
-		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
-	if (r >= 0)
-		r = prepare(k, g, err);
-	n = workload_n_files(w);
-	for (size_t i = 0; r >= 0 && i < n; i++) {
+	for (size_t i = 0; r >= 0 && i < workload_n_files(w); i++) {
 		struct kho_image_file f = {};
 
 		if (w->fds[i] < 0)
@@ -721,18 +702,33 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 		kho_image_file(w->image, i, &f);
 		r = into_transit(k, g, f.token, w->fds[i], err);
 	}
-	if (r >= 0 && g->quiesced) {
-		r = drop_given_up(k, g, err);
-		if (r >= 0)
-			r = drop_targets(k, g, err);
-		target = NULL;
-	}
-	if (r >= 0 && !target)
-		r = new_target(k, g, &target, err);
-	if (r < 0)
-		return r;
-	w->session = target->fd;
-	snprintf(w->session_name, sizeof(w->session_name), "%s", target->name);
+	return r;
+}
+
+/* Steps 2 and 3. PID 1 is waited for once, and before anything relies on it. */
+static int secure(struct khod *k, struct group *g, struct session **target, struct kho_error **err)
+{
+	int r, late;
+
+	fdstore_batch(&k->fdstore);
+	r = all_into_transit(k, g, err);
+	if (r >= 0 && !*target && !g->quiesced)
+		r = new_target(k, g, target, err);
+	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
+	if (r < 0 || late < 0)
+		return r < 0 ? r : late;
+	if (!g->quiesced)
+		return 0;
+	r = drop_given_up(k, g, err);
+	if (r >= 0)
+		r = drop_targets(k, g, err);
+	return r < 0 ? r : new_target(k, g, target, err);
+}
+
+/* Steps 4 and 5. */
+static int finish(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r;
 
 	for (size_t i = 0; i < g->n_sessions;) {
 		struct session *s = &g->sessions[i];
@@ -751,6 +747,55 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 			return r;
 		FAULT(START_INCOMING_OLD_REMOVED);
 	}
+	return 0;
+}
+
+/* Steps 6 and 7. */
+static int preserve_again(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = workload_preserve(k, g->w, g->w->fds, true, err);
+
+	if (r >= 0)
+		r = image_commit(k, g->w->image, g->w->session, err);
+	if (r >= 0)
+		FAULT(START_INCOMING_IMAGE_PRESERVED);
+	return r;
+}
+
+/* Steps 1 to 8 above, from wherever they were left. */
+static int transfer(struct khod *k, struct group *g, struct session *target,
+		    struct kho_error **err)
+{
+	struct workload *w = g->w;
+	int r;
+
+	r = no_files(w, err);
+	if (r >= 0)
+		r = find_files(k, g, target, false, err);
+	if (r >= 0)
+		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
+	if (r >= 0 && kho_image_has_devices(w->image))
+		r = restore(k, g, target, err);
+	if (r >= 0)
+		r = find_files(k, g, target, true, err);
+	/* Its devices go on, but nobody could make use of them. */
+	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
+		r = quiesce(k, g, g->lost, err);
+	if (r >= 0)
+		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
+	if (r >= 0)
+		r = secure(k, g, &target, err);
+	if (r < 0)
+		return r;
+	w->session = target->fd;
+	snprintf(w->session_name, sizeof(w->session_name), "%s", target->name);
+
+	/* Nothing waits for what is removed from here on, but a device that is to be stopped. */
+	if (!g->quiesced)
+		fdstore_batch(&k->fdstore);
+	r = finish(k, g, err);
+	if (r < 0)
+		goto out;
 	timeline_ended(k, KHO_MARK_FINISHED, w->name);
 	if (g->quiesced) {
 		FAULT(QUIESCE_STOPPED);
@@ -759,15 +804,12 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 			  kho_image_reason(w->image));
 	}
 
-	r = workload_preserve(k, w, w->fds, true, err);
-	if (r < 0)
-		return r;
-	r = image_commit(k, w->image, w->session, err);
-	if (r < 0)
-		return r;
-	FAULT(START_INCOMING_IMAGE_PRESERVED);
-	r = transits_drop(k, g, err);
+	r = preserve_again(k, g, err);
+	if (r >= 0)
+		r = transits_drop(k, g, err);
 	timeline_ended(k, KHO_MARK_PRESERVED, w->name);
+out:
+	(void)fdstore_confirm(&k->fdstore, w->name, NULL);
 	return r;
 }
 

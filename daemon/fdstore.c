@@ -2,7 +2,7 @@
 /*
  * What makes khod stateless: PID 1 holds a reference on each session, over a
  * crash of khod and over the kexec. sd_notify() only queues a message, so every
- * change is followed by a barrier; the step after it may rely on it.
+ * change, or batch of them, is followed by a barrier; the step after it may rely on it.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -29,9 +29,9 @@ void fdstore_init(struct fdstore *fs)
 		fs->available = false;
 }
 
-static int barrier(const char *name, const char *what, struct kho_error **err)
+static int barrier(const struct fdstore *fs, const char *name, const char *what, struct kho_error **err)
 {
-	int r = sd_notify_barrier(0, BARRIER_USEC);
+	int r = fs->batch ? 1 : sd_notify_barrier(0, BARRIER_USEC);
 
 	if (r > 0)
 		return 0;
@@ -59,7 +59,7 @@ int fdstore_push(struct fdstore *fs, const char *name, int fd, struct kho_error 
 		return kho_error_new(err, r ? r : -ENODEV, name, "cannot reach systemd: %s",
 				     strerror(r ? -r : ENODEV));
 	fs->used++;
-	r = barrier(name, "stored", err);
+	r = barrier(fs, name, "stored", err);
 	if (r < 0) {
 		(void)fdstore_remove(fs, name, NULL);
 		return r;
@@ -85,7 +85,18 @@ int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 	 * From here on it will be removed. To keep it in custody because that was not confirmed
 	 * in time would be to rely on a descriptor that PID 1 is about to close.
 	 */
-	if (barrier(name, "removed", &late) < 0)
+	if (barrier(fs, name, "removed", &late) < 0)
 		log_event(LOG_WARNING, NULL, NULL, "%s.", text = kho_error_format(late, 0));
 	return 0;
+}
+
+void fdstore_batch(struct fdstore *fs)
+{
+	fs->batch = true;
+}
+
+int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err)
+{
+	fs->batch = false;
+	return barrier(fs, what, "stored", err);
 }

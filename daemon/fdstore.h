@@ -12,11 +12,13 @@
 /**
  * struct fdstore - systemd's descriptor store of this service
  * @available: there is one
+ * @batch: between fdstore_batch() and fdstore_confirm()
  * @used: descriptors of ours in it
  * @max: room; systemd drops what exceeds it without telling, so khod counts
  */
 struct fdstore {
 	bool available;
+	bool batch;
 	unsigned int used;
 	unsigned int max;
 };
@@ -41,5 +43,20 @@ int fdstore_push(struct fdstore *fs, const char *name, int fd, struct kho_error 
  * Return: 0, -ETIMEDOUT, -errno.
  */
 int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err);
+
+/**
+ * fdstore_batch() - do not wait for the changes that follow
+ *
+ * systemd takes its time at boot, and one wait is enough for all that nothing relies on yet.
+ */
+void fdstore_batch(struct fdstore *fs);
+
+/**
+ * fdstore_confirm() - wait until all changes since fdstore_batch() have been made
+ * @what: whose they are, for the error
+ *
+ * Return: 0, -ETIMEDOUT, -errno. The batch has ended in any case.
+ */
+int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err);
 
 #endif
