@@ -128,6 +128,9 @@ static const struct kho_ops real_ops = {
 	.getrandom = real_getrandom,
 };
 
+/* The table as it was in version 0.1: a smaller one there never was. */
+#define SIZE_V0 (offsetof(struct kho_ops, getrandom) + sizeof(real_ops.getrandom))
+
 const struct kho_ops *kho_ops_kernel(void)
 {
 	return &real_ops;
@@ -139,7 +142,7 @@ int kho_new(struct kho **ret, const struct kho_ops *ops, void *userdata)
 
 	if (!ops)
 		ops = &real_ops;
-	if (ops->size < sizeof(*ops) || !ops->open || !ops->close || !ops->ioctl ||
+	if (ops->size < SIZE_V0 || !ops->open || !ops->close || !ops->ioctl ||
 	    !ops->memfd_create || !ops->ftruncate || !ops->pread || !ops->pwrite ||
 	    !ops->fstat || !ops->fcntl || !ops->readlink || !ops->connect ||
 	    !ops->sendmsg || !ops->recvmsg || !ops->getrandom)
@@ -148,7 +151,10 @@ int kho_new(struct kho **ret, const struct kho_ops *ops, void *userdata)
 	kho = calloc(1, sizeof(*kho));
 	if (!kho)
 		return -ENOMEM;
-	kho->ops = *ops;
+	/* A caller built with an older, shorter table gets the kernel's for the rest. */
+	kho->ops = real_ops;
+	memcpy(&kho->ops, ops, ops->size < sizeof(*ops) ? ops->size : sizeof(*ops));
+	kho->ops.size = sizeof(*ops);
 	kho->userdata = userdata;
 	*ret = kho;
 	return 0;

@@ -108,6 +108,30 @@ Test(luo, no_device)
 	cr_assert(closes == 0);
 }
 
+/* A table may be longer than the library's, and gets what it lacks from the kernel's. */
+Test(luo, tables_of_other_sizes)
+{
+	struct {
+		struct kho_ops ops;
+		void *later;
+	} newer = { .ops = kho->ops };
+	struct kho_ops older = kho->ops;
+	struct kho *other = NULL;
+
+	newer.ops.size = sizeof(newer);
+	cr_assert(kho_new(&other, &newer.ops, NULL) == 0);
+	cr_assert(kho_luo_session_create(other, "s", NULL) == 77);
+	cr_assert(other->ops.size == sizeof(struct kho_ops));
+	kho_free(other);
+	older.size = offsetof(struct kho_ops, getrandom);
+	cr_assert(kho_new(&other, &older, NULL) == -EINVAL);
+	older.size = 0;
+	cr_assert(kho_new(&other, &older, NULL) == -EINVAL);
+	older.size = sizeof(older);
+	older.readlink = NULL;
+	cr_assert(kho_new(&other, &older, NULL) == -EINVAL);
+}
+
 Test(luo, names)
 {
 	char longest[66], name[KHO_LUO_NAME_MAX];

@@ -13,7 +13,8 @@ extern "C" {
 
 /**
  * struct kho_ops - everything libkho asks of the kernel
- * @size: sizeof(struct kho_ops) of the caller, for later growth
+ * @size: sizeof(struct kho_ops) of the caller. New members come at the end: a table that is
+ *	shorter than the library's is filled up with kho_ops_kernel()'s
  * @open: open(2) with O_CLOEXEC already in @flags
  * @close: close(2)
  * @ioctl: ioctl(2)
@@ -69,7 +70,7 @@ struct kho;
  * @ops: the operations, copied; NULL: kho_ops_kernel()
  * @userdata: first argument of every operation
  *
- * Return: 0, -EINVAL for a table that is too small or has a NULL member, -ENOMEM.
+ * Return: 0, -EINVAL for a table that is shorter than that of version 0.1 or has a NULL member, -ENOMEM.
  */
 int kho_new(struct kho **ret, const struct kho_ops *ops, void *userdata);
 
