@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <systemd/sd-daemon.h>
+#include <time.h>
 
 #include "fdstore.h"
 #include "log.h"
@@ -17,6 +18,16 @@
 #define BARRIER_USEC (30 * 1000000ULL)
 /* systemd before 254 does not say how large the store is. */
 #define MAX_UNKNOWN 512
+/* How long systemd may take to close what it has removed, on a busy machine. */
+#define CLOSING_USEC (2 * 1000000ULL)
+
+static uint64_t now_usec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
+}
 
 void fdstore_init(struct fdstore *fs)
 {
@@ -87,6 +98,7 @@ int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 	 */
 	if (barrier(fs, name, "removed", &late) < 0)
 		log_event(LOG_WARNING, NULL, NULL, "%s.", text = kho_error_format(late, 0));
+	fs->removed_usec = now_usec();
 	return 0;
 }
 
@@ -99,4 +111,9 @@ int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err
 {
 	fs->batch = false;
 	return barrier(fs, what, "stored", err);
+}
+
+bool fdstore_closing(const struct fdstore *fs)
+{
+	return fs->removed_usec > 0 && now_usec() - fs->removed_usec < CLOSING_USEC;
 }

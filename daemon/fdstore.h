@@ -3,6 +3,7 @@
 #define KHOD_FDSTORE_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
 #include <kho/error.h>
 
@@ -15,12 +16,14 @@
  * @batch: between fdstore_batch() and fdstore_confirm()
  * @used: descriptors of ours in it
  * @max: room; systemd drops what exceeds it without telling, so khod counts
+ * @removed_usec: when the last one was removed, CLOCK_MONOTONIC; 0: never
  */
 struct fdstore {
 	bool available;
 	bool batch;
 	unsigned int used;
 	unsigned int max;
+	uint64_t removed_usec;
 };
 
 /** fdstore_init() - look at what systemd says in the environment */
@@ -40,6 +43,8 @@ int fdstore_push(struct fdstore *fs, const char *name, int fd, struct kho_error 
 /**
  * fdstore_remove() - take a descriptor out of the store and wait until it is gone
  *
+ * systemd closes it in a process of its own, perhaps a moment later: fdstore_closing().
+ *
  * Return: 0, -ETIMEDOUT, -errno.
  */
 int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err);
@@ -58,5 +63,8 @@ void fdstore_batch(struct fdstore *fs);
  * Return: 0, -ETIMEDOUT, -errno. The batch has ended in any case.
  */
 int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err);
+
+/** fdstore_closing() - may systemd still have to close what was removed? */
+bool fdstore_closing(const struct fdstore *fs);
 
 #endif

@@ -428,6 +428,25 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 		w->state = WORKLOAD_UNREADABLE;
 }
 
+/*
+ * Preserve a file. PID 1 closes what it takes out of its store a little later than it says so,
+ * and until then the file is in that session: what is in no workload is tried again for a while.
+ */
+static int preserve_file(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
+			 struct kho_error **err)
+{
+	int r;
+
+	for (;;) {
+		r = kho_luo_preserve(k->kho, w->session, fd, f->token, err);
+		if (r != -EBUSY || domain_explain(k, w->image, f->kind, fd, err) < 0 ||
+		    !fdstore_closing(&k->fdstore))
+			return r;
+		*err = kho_error_free(*err);
+		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
+	}
+}
+
 static int preserve_one(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
 			bool again, struct kho_error **err)
 {
@@ -439,11 +458,9 @@ static int preserve_one(struct khod *k, struct workload *w, const struct kho_ima
 			return r;
 	}
 	khod_busy(k, f->size);
-	r = kho_luo_preserve(k->kho, w->session, fd, f->token, err);
+	r = preserve_file(k, w, f, fd, err);
 	if (r < 0) {
-		if (r == -EBUSY && !again)
-			(void)domain_explain(k, w->image, f->kind, fd, err);
-		else if (f->kind == KHO_FILE_IOMMUFD)
+		if (r != -EBUSY && f->kind == KHO_FILE_IOMMUFD)
 			(void)kho_iommufd_obstacle(k->kho, fd, err);
 		/* To a client ENOENT means that there is no such workload. */
 		return kho_error_new(err, r == -ENOENT ? -EOPNOTSUPP : r, f->name,
@@ -546,22 +563,6 @@ static int lease_memory(struct khod *k, struct workload *w, struct kho_error **e
 	return r < 0 ? r : preserve_kind(k, w, w->fds, KHO_FILE_MEMFD, false, err);
 }
 
-/*
- * The same, when a session was just discarded: PID 1 closes what it takes out of its store a
- * little later, and until then the memory is in that session.
- */
-static int lease_memory_again(struct khod *k, struct workload *w, struct kho_error **err)
-{
-	int r = lease_memory(k, w, err);
-
-	for (int try = 0; r == -EBUSY && w->session >= 0 && try < 100; try++) {
-		*err = kho_error_free(*err);
-		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
-		r = preserve_kind(k, w, w->fds, KHO_FILE_MEMFD, true, err);
-	}
-	return r;
-}
-
 int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err)
 {
 	_cleanup_error_ struct kho_error *e = NULL;
@@ -573,7 +574,7 @@ int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err
 		return kho_error_new(err, r, w->name, "is still preserved");
 	w->state = WORKLOAD_LEASED;
 	(void)kho_image_set_graph(w->image, NULL, NULL);
-	r = lease_memory_again(k, w, &e);
+	r = lease_memory(k, w, &e);
 	if (r >= 0) {
 		FAULT(ABORT_UNDONE);
 		return 0;
