@@ -238,9 +238,15 @@ int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err
 /** workload_must() - does a kexec have to wait for it? */
 bool workload_must(const struct workload *w);
 
-/** workload_authorise() - may this client claim or release it? Return: 0, -EPERM. */
-int workload_authorise(const struct workload *w, const struct identity *who, const void *secret,
-		       size_t secret_size, struct kho_error **err);
+/**
+ * workload_authorise() - may this client claim or release it?
+ * @owner: the user that root says it belongs to; NULL: it says nothing
+ *
+ * Root is judged as everybody is, unless it says whose workload it wants: names are one space
+ * for all users, and a service is not to take another's for its own. Return: 0, -EPERM.
+ */
+int workload_authorise(const struct workload *w, const struct identity *who, const uid_t *owner,
+		       const void *secret, size_t secret_size, struct kho_error **err);
 /** workload_visible() - may this client see it in a list? */
 bool workload_visible(const struct workload *w, const struct identity *who);
 

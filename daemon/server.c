@@ -459,7 +459,8 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 
 /* A workload that the client may have, or a refusal already sent and NULL. */
 static struct workload *find_authorised(struct connection *c, uint64_t serial, const char *what,
-					const char *name, ProtobufCBinaryData secret, int *ret)
+					const char *name, ProtobufCBinaryData secret,
+					const Kho__Control__Owner *owner, int *ret)
 {
 	struct kho_error *err = NULL;
 	struct workload *w;
@@ -470,7 +471,8 @@ static struct workload *find_authorised(struct connection *c, uint64_t serial, c
 		r = kho_error_new(&err, ENOENT, kho_name_valid(name) ? name : "workload",
 				  "there is no workload of that name");
 	} else {
-		r = workload_authorise(w, &c->who, secret.data, secret.len, &err);
+		r = workload_authorise(w, &c->who, owner ? &owner->uid : NULL, secret.data, secret.len,
+				       &err);
 		/* Whose name it is, is nobody else's business. */
 		if (r < 0 && secret.len == 0 && !workload_visible(w, &c->who)) {
 			err = kho_error_free(err);
@@ -545,7 +547,7 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 
 	if (c->claiming)
 		return garbage(c, serial, EPROTO, "CLAIM before the last one was acknowledged");
-	w = find_authorised(c, serial, "give back", q->name, q->claim_secret, &r);
+	w = find_authorised(c, serial, "give back", q->name, q->claim_secret, q->owner, &r);
 	if (!w)
 		return r;
 	n = workload_n_files(w);
@@ -588,6 +590,8 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 			body.reason = (char *)kho_image_reason(w->image);
 			body.ids = idp;
 			body.n_ids = n_ids;
+			body.owner_uid = kho_image_uid(w->image);
+			body.unit = (char *)kho_image_unit(w->image);
 		}
 		a.body_case = KHO__CONTROL__REPLY__BODY_CLAIM;
 		a.claim = &body;
@@ -641,7 +645,7 @@ static int on_release(struct connection *c, uint64_t serial, const Kho__Control_
 	struct workload *w;
 	int r;
 
-	w = find_authorised(c, serial, "release", q->name, q->claim_secret, &r);
+	w = find_authorised(c, serial, "release", q->name, q->claim_secret, q->owner, &r);
 	if (!w)
 		return r;
 	strcpy(name, w->name);
@@ -917,7 +921,10 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	size_t n;
 	int fd, r;
 
-	w = find_authorised(c, serial, "show", q->name, (ProtobufCBinaryData){}, &r);
+	/* Root sees everything. */
+	w = c->who.uid == 0 && kho_name_valid(q->name) ? workload_find(c->k, q->name) : NULL;
+	if (!w)
+		w = find_authorised(c, serial, "show", q->name, (ProtobufCBinaryData){}, NULL, &r);
 	if (!w)
 		return r;
 	n = workload_n_files(w);

@@ -719,30 +719,43 @@ fail:
 	return r;
 }
 
-int workload_authorise(const struct workload *w, const struct identity *who, const void *secret,
-		       size_t secret_size, struct kho_error **err)
+/* A service keeps its name over a kexec; a login's scope does not. */
+static bool same_unit(const char *unit, const char *theirs)
 {
-	const char *unit;
+	size_t n = strlen(unit);
 
-	if (who->uid == 0)
-		return 0;
+	return n <= 8 || strcmp(unit + n - 8, ".service") != 0 || strcmp(unit, theirs) == 0;
+}
+
+int workload_authorise(const struct workload *w, const struct identity *who, const uid_t *owner,
+		       const void *secret, size_t secret_size, struct kho_error **err)
+{
+	const char *unit, *hint = who->uid ? "" : "; root says whose it wants (khoctl --of USER)";
+	uid_t uid;
+
 	if (!w->image)
-		return kho_error_new(err, EPERM, w->name,
+		return who->uid == 0 ? 0 : kho_error_new(err, EPERM, w->name,
 				     "its owner cannot be read, so only root may have it");
 	if (secret_size > 0) {
 		if (kho_image_check_secret(w->image, secret, secret_size))
 			return 0;
 		return kho_error_new(err, EPERM, w->name, "the claim secret is wrong");
 	}
-	if (who->uid != kho_image_uid(w->image))
-		return kho_error_new(err, EPERM, w->name, "it belongs to another user");
-	/* A service keeps its name over a kexec; a login's scope does not. */
+	uid = kho_image_uid(w->image);
 	unit = kho_image_unit(w->image);
-	if (strlen(unit) > 8 && strcmp(unit + strlen(unit) - 8, ".service") == 0 &&
-	    strcmp(unit, who->unit) != 0)
+	if (owner && who->uid != 0)
+		return kho_error_new(err, EPERM, w->name, "only root may have it as another user's");
+	if (owner && *owner == uid)
+		return 0;
+	if (who->uid != 0 && who->uid != uid)
+		return kho_error_new(err, EPERM, w->name, "it belongs to another user");
+	if (owner || who->uid != uid)
+		return kho_error_new(err, EPERM, w->name, "it belongs to uid %u%s%s%s", (unsigned int)uid,
+				     unit[0] ? ", unit " : "", unit, hint);
+	if (!same_unit(unit, who->unit))
 		return kho_error_new(err, EPERM, w->name,
-				     "it belongs to %s, and this client runs in %s", unit,
-				     who->unit[0] ? who->unit : "no unit");
+				     "it belongs to %s, and this client runs in %s%s", unit,
+				     who->unit[0] ? who->unit : "no unit", hint);
 	return 0;
 }
 

@@ -27,6 +27,8 @@ struct kho_client {
 	int sock;
 	uint64_t serial;
 	uint32_t max_fds;
+	bool has_owner;
+	uint32_t owner;		/* of what is claimed and released, if root says so */
 	uint8_t *buf;
 	struct news *news;	/* oldest first */
 };
@@ -495,6 +497,8 @@ struct kho_claim {
 	size_t n_files;
 	enum kho_outcome outcome;
 	char *reason;
+	uint32_t uid;
+	char *unit;
 	struct claim_id *ids;
 	size_t n_ids;
 };
@@ -509,6 +513,7 @@ struct kho_claim *kho_claim_free(struct kho_claim *claim)
 		free(claim->files);
 		free(claim->ids);
 		free(claim->reason);
+		free(claim->unit);
 		free(claim->name);
 		free(claim);
 	}
@@ -555,6 +560,16 @@ const char *kho_claim_reason(const struct kho_claim *claim)
 	return claim->reason ? claim->reason : "";
 }
 
+uint32_t kho_claim_uid(const struct kho_claim *claim)
+{
+	return claim->uid;
+}
+
+const char *kho_claim_unit(const struct kho_claim *claim)
+{
+	return claim->unit ? claim->unit : "";
+}
+
 uint32_t kho_claim_id(const struct kho_claim *claim, const char *name, uint32_t id)
 {
 	for (size_t i = 0; i < claim->n_files; i++) {
@@ -573,8 +588,10 @@ static int claim_end(struct kho_claim *claim, const Kho__Control__ClaimReply *a,
 {
 	claim->outcome = (enum kho_outcome)a->outcome;
 	claim->reason = strdup(a->reason);
+	claim->uid = a->owner_uid;
+	claim->unit = strdup(a->unit);
 	claim->ids = calloc(a->n_ids + 1, sizeof(*claim->ids));
-	if (!claim->reason || !claim->ids)
+	if (!claim->reason || !claim->unit || !claim->ids)
 		return kho_error_new(err, ENOMEM, claim->name, "out of memory");
 	for (size_t i = 0; i < a->n_ids; i++)
 		claim->ids[i] = (struct claim_id){ a->ids[i]->token, a->ids[i]->old_id, a->ids[i]->id };
@@ -613,12 +630,19 @@ static int claim_add(struct kho_claim *claim, const Kho__Control__ClaimReply *a,
 	return 0;
 }
 
+void kho_client_set_owner(struct kho_client *client, uint32_t uid)
+{
+	client->has_owner = true;
+	client->owner = uid;
+}
+
 int kho_client_claim(struct kho_client *client, const char *name, const void *secret,
 		     size_t secret_size, struct kho_claim **ret, struct kho_error **err)
 {
 	_cleanup_(claim_freep) struct kho_claim *claim = NULL;
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__Claim body = KHO__CONTROL__CLAIM__INIT;
+	Kho__Control__Owner owner = KHO__CONTROL__OWNER__INIT;
 	bool more = true;
 	int r;
 
@@ -633,6 +657,8 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
 	body.name = (char *)name;
 	body.claim_secret.data = (uint8_t *)secret;
 	body.claim_secret.len = secret ? secret_size : 0;
+	owner.uid = client->owner;
+	body.owner = client->has_owner ? &owner : NULL;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM;
 	q.claim = &body;
 	client->serial++;
@@ -680,10 +706,13 @@ int kho_client_release(struct kho_client *client, const char *name, const void *
 {
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__Release body = KHO__CONTROL__RELEASE__INIT;
+	Kho__Control__Owner owner = KHO__CONTROL__OWNER__INIT;
 
 	body.name = (char *)name;
 	body.claim_secret.data = (uint8_t *)secret;
 	body.claim_secret.len = secret ? secret_size : 0;
+	owner.uid = client->owner;
+	body.owner = client->has_owner ? &owner : NULL;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_RELEASE;
 	q.release = &body;
 	return ask_done(client, &q, err);

@@ -15,6 +15,8 @@ static const char help[] =
 	"                   more than one file, --fd-name chooses\n"
 	"  --fd-name X      the file that -o writes\n"
 	"  --secret-file F  claim by the secret in F\n"
+	"  --of USER        for root: it is this user's, from whatever unit. Without it root gets\n"
+	"                   what it registered itself, from the same unit if that was a service.\n"
 	"  --keep           do not end khod's custody: look, do not take\n"
 	"  --discard        allow a claim that keeps nothing\n"
 	"  -- CMD...        run CMD with the files as descriptors from 3 on, LISTEN_FDS,\n"
@@ -95,6 +97,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	static const struct option options[] = {
 		{ "fd-name", required_argument, NULL, 'n' },
 		{ "secret-file", required_argument, NULL, 's' },
+		{ "of", required_argument, NULL, 'u' },
 		{ "keep", no_argument, NULL, 'k' },
 		{ "discard", no_argument, NULL, 'd' },
 		{},
@@ -103,7 +106,8 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	struct kho_client *client = NULL;
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
-	bool keep = false, discard = false;
+	bool keep = false, discard = false, of = false;
+	uint32_t uid = 0;
 	size_t secret_size = 0, index = 0, n;
 	void *secret = NULL;
 	int c, r;
@@ -121,6 +125,12 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			r = khoctl_secret(optarg, &secret, &secret_size);
 			if (r > 0)
 				return r;
+			break;
+		case 'u':
+			r = khoctl_user(optarg, &uid);
+			if (r > 0)
+				return r;
+			of = true;
 			break;
 		case 'k':
 			keep = true;
@@ -141,12 +151,17 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	r = khoctl_connect(ctl, &client);
 	if (r > 0)
 		return r;
+	if (of)
+		kho_client_set_owner(client, uid);
 	r = kho_client_claim(client, name, secret, secret_size, &claim, &err);
 	free(secret);
 	if (r < 0) {
 		kho_client_free(client);
 		return khoctl_fail(r, err);
 	}
+	if (of || kho_claim_uid(claim) != geteuid())
+		fprintf(stderr, "khoctl: %s is of uid %" PRIu32 "%s%s\n", name, kho_claim_uid(claim),
+			kho_claim_unit(claim)[0] ? ", unit " : "", kho_claim_unit(claim));
 	n = kho_claim_n_files(claim);
 	if (which) {
 		while (index < n && strcmp(kho_claim_name(claim, index), which) != 0)
@@ -192,7 +207,7 @@ out:
 
 const struct verb verb_claim = {
 	.name = "claim",
-	.args = "NAME [-o FILE] [-- CMD...]",
+	.args = "NAME [--of USER] [-o FILE] [-- CMD...]",
 	.summary = "Take a workload's files back",
 	.help = help,
 	.run = run,

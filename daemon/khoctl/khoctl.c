@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <pwd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -78,6 +79,25 @@ int khoctl_connect(struct khoctl *ctl, struct kho_client **ret)
 		khoctl_fail(r, err);
 		return EXIT_NO_KHOD;
 	}
+	return 0;
+}
+
+int khoctl_user(const char *user, uint32_t *uid)
+{
+	const struct passwd *p = getpwnam(user);
+	unsigned long n;
+	char *end;
+
+	if (p) {
+		*uid = p->pw_uid;
+		return 0;
+	}
+	n = strtoul(user, &end, 10);
+	if (*user < '0' || *user > '9' || *end || n >= UINT32_MAX) {
+		fprintf(stderr, "khoctl: there is no user '%s'\n", user);
+		return EXIT_USAGE;
+	}
+	*uid = (uint32_t)n;
 	return 0;
 }
 

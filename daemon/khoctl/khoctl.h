@@ -79,6 +79,8 @@ bool khoctl_loaded_refuses(void);
 int khoctl_preserve(struct khoctl *ctl, bool force);
 /** khoctl_abort() - undo khoctl_preserve(). Return: 0 or an exit code. */
 int khoctl_abort(struct khoctl *ctl);
+/** khoctl_user() - a user's id, from its name or number. Return: 0 or an exit code. */
+int khoctl_user(const char *user, uint32_t *uid);
 /** khoctl_secret() - read a claim secret from a file; owned by the caller. 0 or an exit code. */
 int khoctl_secret(const char *path, void **secret, size_t *size);
 

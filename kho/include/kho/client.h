@@ -209,6 +209,16 @@ int kho_client_preserve(struct kho_client *client, bool force,
  */
 int kho_client_abort(struct kho_client *client, struct kho_error **err);
 
+/**
+ * kho_client_set_owner() - whose workloads are claimed and released on this connection; for root
+ * @client: connection
+ * @uid: the user that they were registered by, from whatever unit
+ *
+ * Names are one space for all users. Without this root gets what it registered itself, from
+ * the same unit if that was a service; with it, what is another user's than @uid is refused.
+ */
+void kho_client_set_owner(struct kho_client *client, uint32_t uid);
+
 /** struct kho_claim - descriptors received for a claim, until acknowledged still in custody */
 struct kho_claim;
 
@@ -243,6 +253,10 @@ struct kho_claim *kho_claim_free(struct kho_claim *claim);
 size_t kho_claim_n_files(const struct kho_claim *claim);
 /** kho_claim_handovers() - how many kernels it has been carried into */
 uint32_t kho_claim_handovers(const struct kho_claim *claim);
+/** kho_claim_uid() - the user that registered it */
+uint32_t kho_claim_uid(const struct kho_claim *claim);
+/** kho_claim_unit() - the systemd unit that it was registered from, or ""; owned by the claim */
+const char *kho_claim_unit(const struct kho_claim *claim);
 /**
  * kho_claim_outcome() - how its devices came out of the last handover
  *

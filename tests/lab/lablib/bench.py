@@ -70,7 +70,7 @@ def workloads(count):
 
 
 def drop_memory(vm):
-    vm.run("for w in $(khoctl list 2>/dev/null | awk '/^bench/ { print $1 }'); do khoctl release $w; done; "
+    vm.run("for w in $(khoctl list 2>/dev/null | awk '/^bench/ { print $1 }'); do khoctl release --of root $w; done; "
            "systemctl stop lab-fdstore.service; systemctl clean --what=fdstore lab-fdstore.service",
            check=False)
 

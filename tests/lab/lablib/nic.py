@@ -19,7 +19,7 @@ DEVICE = "e1000e"
 ALONE = ("mkdir -p /etc/systemd/system/lab-nic.service.d; printf '[Service]\\nExecStart=\\n"
          "ExecStart=/usr/lib/khod/tests/nic --alone --status /run/lab-nic.status\\n' "
          "> /etc/systemd/system/lab-nic.service.d/alone.conf; sync; systemctl daemon-reload; "
-         "systemctl stop lab-nic.service; khoctl release nic; systemctl start lab-nic.service")
+         "systemctl stop lab-nic.service; khoctl release --of root nic; systemctl start lab-nic.service")
 
 
 @dataclass
