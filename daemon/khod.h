@@ -13,6 +13,7 @@
 
 /* Limits per user id; root's own are wider, not absent. */
 #define MAX_CONNECTIONS 512
+#define CONNECTIONS_FOR_ROOT 32	/* of these: an operator can always run khoctl */
 #define MAX_CONNECTIONS_UID 16
 #define MAX_CONNECTIONS_ROOT 128
 #define MAX_WORKLOADS_UID 32

@@ -1153,13 +1153,28 @@ static void turn_away(struct khod *k, int fd, const char *reason)
 	close(fd);
 }
 
+/* Why a user may not have another connection; NULL: it may. */
+static const char *too_many(const struct khod *k, uid_t uid)
+{
+	unsigned int same = 0, max = MAX_CONNECTIONS - (uid ? CONNECTIONS_FOR_ROOT : 0);
+
+	for (const struct connection *c = k->connections; c; c = c->next)
+		same += c->who.uid == uid;
+	if (same >= (uid ? MAX_CONNECTIONS_UID : MAX_CONNECTIONS_ROOT)) {
+		log_limited(NULL, "uid %u has as many connections as it may; another is refused.",
+			    (unsigned int)uid);
+		return "this user has as many connections as it may: close one";
+	}
+	return k->n_connections >= max ? "khod has as many clients as it may" : NULL;
+}
+
 static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *userdata)
 {
 	struct khod *k = userdata;
 	struct connection *c;
 	struct ucred cred;
 	socklen_t len = sizeof(cred);
-	unsigned int same = 0;
+	const char *why;
 	int fd, r;
 
 	fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -1175,16 +1190,9 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 		close(fd);
 		return 0;
 	}
-	for (c = k->connections; c; c = c->next)
-		same += c->who.uid == cred.uid;
-	if (k->n_connections >= MAX_CONNECTIONS) {
-		turn_away(k, fd, "khod has as many clients as it may");
-		return 0;
-	}
-	if (same >= (cred.uid ? MAX_CONNECTIONS_UID : MAX_CONNECTIONS_ROOT)) {
-		log_limited(NULL, "uid %u has as many connections as it may; another is refused.",
-			    (unsigned int)cred.uid);
-		turn_away(k, fd, "this user has as many connections as it may: close one");
+	why = too_many(k, cred.uid);
+	if (why) {
+		turn_away(k, fd, why);
 		return 0;
 	}
 
