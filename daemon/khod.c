@@ -186,6 +186,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	sigset_t mask;
 
 	k.socket_path = (char *)KHO_SOCKET;
+	inhibit_init(&k);
 	while ((c = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
 		switch (c) {
 		case 's':

@@ -143,9 +143,14 @@ struct handover {
 	size_t n_left;
 };
 
+#define INHIBIT_WHY_MAX 300
+
 /* A lock of logind's, or the question for it. */
 struct inhibit_lock {
 	int fd;			/* -1: not held */
+	const char *fdname;	/* in systemd's store */
+	bool stored;		/* it is there */
+	char why[INHIBIT_WHY_MAX];	/* what logind was told; "": not known */
 	sd_bus_slot *slot;	/* while logind is asked */
 };
 
@@ -156,18 +161,22 @@ struct inhibit_lock {
  * @delay: a kexec waits for us
  * @mask: while systemd is asked to mask kexec.target, or to unmask it
  * @timer: to try again what did not work
+ * @look: to look at the loaded kernel again
  * @delay_msec: how long logind waits for @delay
  * @shutdown: logind has announced one, and has not said that it is over
  * @waiting: it waits for a handover that somebody else has begun
+ * @inherited: @delay is from the khod before this one: what logind is about to do is not known
  */
 struct inhibit {
 	sd_bus *bus;
 	struct inhibit_lock block, delay;
 	sd_bus_slot *mask;
 	sd_event_source *timer;
+	sd_event_source *look;
 	uint32_t delay_msec;
 	bool shutdown;
 	bool waiting;
+	bool inherited;
 };
 
 struct khod {
@@ -355,6 +364,9 @@ const struct workload *inhibit_obstacle(const struct khod *k);
 void inhibit_update(struct khod *k);
 /** inhibit_handover_ended() - everybody is ready, or nobody: a kexec may wait for that */
 void inhibit_handover_ended(struct khod *k, int r);
+void inhibit_init(struct khod *k);
+/** inhibit_passed() - if @fdname is a lock's: it goes on. Return: whether @fd has been taken. */
+bool inhibit_passed(struct khod *k, const char *fdname, int fd);
 void inhibit_stop(struct khod *k);
 
 /* handover.c */

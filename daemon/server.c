@@ -800,6 +800,8 @@ static int on_preserve(struct connection *c, uint64_t serial, const Kho__Control
 
 	if (refuse_user(c, serial, "preserve", &r))
 		return r;
+	/* Another kernel may have been loaded just now, and a kexec comes next. */
+	inhibit_update(c->k);
 	w = inhibit_obstacle(c->k);
 	if (w && !q->force) {
 		r = kho_error_new(&err, ECANCELED, w->name, "would be lost: %s", workload_reason(w));

@@ -69,6 +69,37 @@ int kho_luo_available(struct kho *kho, struct kho_error **err)
 	return 0;
 }
 
+int kho_luo_image_refuses(struct kho *kho, const char **why)
+{
+	static const struct {
+		const char *word;
+		const char *why;
+	} words[] = {
+		{ "no-data", "it was not loaded by kexec_file_load(2): use khoctl kexec --kernel, or kexec -s" },
+		{ "kho-off", "its command line says kho=off" },
+		{ "liveupdate-off", "its command line lacks liveupdate=on" },
+	};
+	char text[32];
+	ssize_t n;
+	int fd;
+
+	fd = kho_op(kho, open, KHO_LUO_IMAGE, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	n = kho_op(kho, pread, fd, text, sizeof(text) - 1, 0);
+	kho_close(kho, fd);
+	if (n < 0)
+		return n == -EBUSY ? -EBUSY : 0;
+	text[n] = 0;
+	text[strcspn(text, "\n")] = 0;
+	for (size_t i = 0; i < ARRAY_SIZE(words); i++)
+		if (strcmp(text, words[i].word) == 0) {
+			*why = words[i].why;
+			return 1;
+		}
+	return 0;
+}
+
 static int name_check(const char *name, struct kho_error **err)
 {
 	size_t len = strnlen(name, KHO_LUO_NAME_MAX);

@@ -163,7 +163,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		if (r > 0)
 			return r;
 		/* Of the command line it knows more than we do. */
-		if (khoctl_loaded_refuses() && !force)
+		if (khoctl_loaded_refuses(ctl) && !force)
 			return EXIT_OBSTACLE;
 	}
 	if (only_load)

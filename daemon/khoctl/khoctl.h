@@ -68,7 +68,7 @@ int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, co
 int khoctl_obstacles(struct khoctl *ctl, const char *kernel);
 
 /** khoctl_loaded_refuses() - would reboot(2) refuse the kernel that is loaded? If so, stderr says why */
-bool khoctl_loaded_refuses(void);
+bool khoctl_loaded_refuses(struct khoctl *ctl);
 /**
  * khoctl_preserve() - have every workload prepared and preserved
  * @force: in spite of workloads that are not ready

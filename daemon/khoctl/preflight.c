@@ -65,52 +65,25 @@ static bool read_line(const char *path, char *buf, size_t size)
 	return ok;
 }
 
-/*
- * What reboot(2) would refuse, when all units are stopped already: systemd then reboots by the
- * firmware, and all that is held is lost. False if the loaded kernel takes the handover over,
- * or nothing is known of it.
- */
-static bool loaded_refuses(const char **why)
-{
-	static const struct {
-		const char *word;
-		const char *why;
-	} words[] = {
-		{ "no-data", "it was not loaded by kexec_file_load(2): use khoctl kexec --kernel, or kexec -s" },
-		{ "kho-off", "its command line says kho=off" },
-		{ "liveupdate-off", "its command line lacks liveupdate=on" },
-	};
-	char line[32];
-
-	if (!read_line("/sys/kernel/kexec/kho_image", line, sizeof(line)))
-		return false;
-	for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++)
-		if (strcmp(line, words[i].word) == 0) {
-			*why = words[i].why;
-			return true;
-		}
-	return false;
-}
-
-bool khoctl_loaded_refuses(void)
+bool khoctl_loaded_refuses(struct khoctl *ctl)
 {
 	const char *why;
 
-	if (!loaded_refuses(&why))
+	if (kho_luo_image_refuses(ctl->kho, &why) <= 0)
 		return false;
 	fprintf(stderr, "khoctl: the loaded kernel would not take over what is held: %s\n", why);
 	return true;
 }
 
 /* @kernel: going to be loaded instead of what is; NULL: none. */
-static void check_kernel(struct flight *p, const char *kernel)
+static void check_kernel(struct flight *p, struct khoctl *ctl, const char *kernel)
 {
 	const char *why;
 	char line[4096];
 
 	if (!read_line("/sys/kernel/kexec_loaded", line, sizeof(line)))
 		item(p, "kexec", false, true, "this kernel cannot kexec (CONFIG_KEXEC_FILE)");
-	else if (strcmp(line, "1") == 0 && !kernel && loaded_refuses(&why))
+	else if (strcmp(line, "1") == 0 && !kernel && kho_luo_image_refuses(ctl->kho, &why) > 0)
 		item(p, "kexec", false, true,
 		     "the loaded kernel would not take over what is held, and a kexec would end in a cold reboot: %s",
 		     why);
@@ -294,7 +267,7 @@ out:
 
 static void check_all(struct flight *p, struct khoctl *ctl, const char *kernel)
 {
-	check_kernel(p, kernel);
+	check_kernel(p, ctl, kernel);
 	check_scratch(p, kernel);
 	if (kernel)
 		check_next_kernel(p, kernel);

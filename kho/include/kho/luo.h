@@ -14,6 +14,8 @@ extern "C" {
 
 /** KHO_LUO_DEVICE - the orchestrator's device; exclusive, so it is opened only for one request */
 #define KHO_LUO_DEVICE "/dev/liveupdate"
+/** KHO_LUO_IMAGE - what the loaded kexec image does with a handover, in a word */
+#define KHO_LUO_IMAGE "/sys/kernel/kexec/kho_image"
 /** KHO_LUO_NAME_MAX - size of a session name with its terminating NUL */
 #define KHO_LUO_NAME_MAX 64
 
@@ -36,6 +38,18 @@ enum kho_luo_direction {
  * Return: 0, or -errno with a sentence that says what is missing and what to do.
  */
 int kho_luo_available(struct kho *kho, struct kho_error **err);
+
+/**
+ * kho_luo_image_refuses() - would reboot(2) refuse the loaded kexec image?
+ * @kho: handle
+ * @why: receives the reason, a static string, if it returns 1
+ *
+ * It does as soon as anything is preserved, and when all units are stopped already; systemd then
+ * reboots by the firmware, and what is preserved is lost. The kernel tells it in
+ * Documentation/ABI/testing/sysfs-kernel-kexec-kho; it does not notify of changes.
+ * Return: 1 yes; 0 no, nothing is loaded, or nothing is known; -EBUSY: one is just being loaded.
+ */
+int kho_luo_image_refuses(struct kho *kho, const char **why);
 
 /**
  * kho_luo_session_create() - create an outgoing session
