@@ -58,6 +58,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <systemd/sd-daemon.h>
+#include <time.h>
 
 #include "fault.h"
 #include "khod.h"
@@ -969,6 +970,56 @@ static void settle(struct khod *k, struct group *g)
 	khod_idle(k);
 }
 
+static int retrieve_session(struct khod *k, const char *session, struct kho_error **err)
+{
+	int r = kho_luo_session_retrieve(k->kho, session, err);
+
+	/* PID 1 may have the device open just now. */
+	for (int try = 0; r == -EBUSY && try < 10; try++) {
+		*err = kho_error_free(*err);
+		nanosleep(&(struct timespec){ .tv_nsec = 50 * 1000 * 1000 }, NULL);
+		r = kho_luo_session_retrieve(k->kho, session, err);
+	}
+	return r;
+}
+
+/*
+ * A session that was complete, and of which systemd has nothing: it could not retrieve it, once,
+ * early in boot. What was held in this very kernel and is gone has been let go.
+ */
+static void find_missing(struct khod *k, const char *session, bool same_boot, void *userdata)
+{
+	_cleanup_error_ struct kho_error *err = NULL;
+	char name[KHO_NAME_MAX + 1], origin;
+	struct group **groups = userdata, *g;
+	struct passed p;
+
+	if (!session_parse(session, name, &origin))
+		return;
+	for (g = *groups; g; g = g->next)
+		if (strcmp(g->w->name, name) == 0)
+			return;
+	p.fd = retrieve_session(k, session, &err);
+	if (p.fd >= 0) {
+		/* Into the store first: its last close would be its end. */
+		session_fdname(session, p.fdname);
+		if (fdstore_push(&k->fdstore, p.fdname, p.fd, &err) >= 0) {
+			k->fdstore.used--;	/* counted once more as if it had been passed */
+			sort_one(k, groups, &p);
+			return;
+		}
+	}
+	if (p.fd == -ENOENT && same_boot)
+		return;
+	g = group_get(k, groups, name);
+	if (!g)
+		return;
+	/* Not stored, but open as long as khod is. */
+	g->w->session = p.fd >= 0 ? p.fd : -1;
+	snprintf(g->w->session_name, sizeof(g->w->session_name), "%s", session);
+	workload_fail(g->w, &err, p.fd < 0 ? p.fd : -ENOSPC);
+}
+
 /* Those with devices first: they do not wait for the memory of others. */
 void adopt(struct khod *k, struct passed *passed, size_t n)
 {
@@ -976,6 +1027,7 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 
 	for (size_t i = 0; i < n; i++)
 		sort_one(k, &groups, &passed[i]);
+	(void)manifest_each(k, find_missing, &groups);
 	for (struct group *g = groups; g; g = g->next)
 		look(k, g);
 

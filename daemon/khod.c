@@ -62,6 +62,7 @@ void khod_status_line(struct khod *k)
 	else
 		sd_notifyf(0, "STATUS=Holding %u workloads, %" PRIu64 " MiB%s", n, bytes >> 20,
 			   failed ? "; some FAILED, see khoctl list" : "");
+	manifest_write(k);
 	inhibit_update(k);
 }
 
@@ -139,6 +140,11 @@ static int take_passed(struct khod *k, struct passed **ret, size_t *ret_n, int *
 			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
 		} else if (*timeline < 0 && names && strcmp(names[i], TIMELINE_FDNAME) == 0) {
 			*timeline = fd;
+		} else if (k->manifest_fd < 0 && names && strcmp(names[i], MANIFEST_FDNAME) == 0) {
+			k->manifest_fd = fd;
+			k->fdstore.used++;
+		} else if (names && inhibit_passed(k, names[i], fd)) {
+			/* it is kept there */
 		} else {
 			passed[n_passed].fd = fd;
 			snprintf(passed[n_passed].fdname, FDSTORE_NAME_MAX, "%s",
@@ -176,7 +182,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		{ "version", no_argument, NULL, 'v' },
 		{},
 	};
-	struct khod k = { .listen_fd = -1, .inhibit = { .block.fd = -1, .delay.fd = -1 } };
+	struct khod k = { .listen_fd = -1, .manifest_fd = -1 };
 	struct passed *passed = NULL;
 	struct kho_error *err = NULL;
 	struct utsname uts;
@@ -296,6 +302,8 @@ out:
 		workload_free(&k, k.workloads);
 	free(passed);
 	free(k.luo_reason);
+	if (k.manifest_fd >= 0)
+		close(k.manifest_fd);
 	sd_event_unref(k.event);
 	kho_free(k.kho);
 	close(lock);

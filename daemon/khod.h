@@ -195,6 +195,7 @@ struct khod {
 	char *luo_reason;	/* why there is no live update; NULL if there is */
 	bool retrieve_outgoing;
 	uint64_t watchdog_usec;
+	int manifest_fd;	/* manifest.c; -1: there is none yet */
 	uint64_t user_bytes;	/* what one user other than root may have in custody */
 	char boot_id[37];
 	char kernel_release[65];
@@ -326,6 +327,19 @@ void graph_mapped(const struct kho_image *image, bool *mapped);
  */
 int workload_restore(struct khod *k, struct kho_image *image, const int *fds, size_t *steps,
 		     struct kho_error **err);
+
+/* manifest.c */
+#define MANIFEST_FDNAME "manifest"
+/** manifest_write() - what is held has changed */
+void manifest_write(struct khod *k);
+/**
+ * manifest_each() - whom the previous khod held, by name of session
+ * @same_boot: whether that was in this kernel
+ *
+ * Return: 0, -EBADMSG (it cannot be read).
+ */
+int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *session,
+					       bool same_boot, void *userdata), void *userdata);
 
 /* adopt.c */
 /**

@@ -150,6 +150,9 @@ int kho_luo_session_retrieve(struct kho *kho, const char *name, struct kho_error
 		return kho_error_new(err, r, name, "the previous kernel handed over no such session");
 	if (r == -EINVAL)
 		return kho_error_new(err, r, name, "the session has been retrieved already");
+	if (r == -ENOPKG)
+		return kho_error_new(err, r, name,
+				     "cannot retrieve the session: the handler of a file in it is missing (dmesg names it): load its module, and try again");
 	if (r < 0)
 		return kho_error_new(err, r, name, "cannot retrieve the session: %s", strerror(-r));
 	return arg.fd;
