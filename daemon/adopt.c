@@ -45,7 +45,8 @@
  * If it fails, all of it is undone, and the workload is *quiesced*: an image without
  * devices, with the reason, goes into transit (from here on: decided); devices and
  * iommufds are closed, and the incoming session is given up instead of finished, which
- * together stops the devices; the memfds are moved like those of any other workload. There
+ * together stops the devices; the memfds are moved like those of any other workload, or given
+ * up with the session, after the devices, if that is the workload's policy. There
  * is no third end for a workload with devices: if some of its memory cannot be retrieved, it
  * is quiesced, too, and what is left of its memory is kept.
  *
@@ -599,6 +600,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 	size_t n = workload_n_files(w), kept = 0;
 	_cleanup_free_ char *text = kho_error_format(why, EIO);
 	_cleanup_free_ int *fds = calloc(n + 1, sizeof(int));
+	bool release = kho_image_restore_failure(w->image) == KHO_RESTORE_FAILURE_RELEASE;
 	enum kho_file_kind kinds[KHO_IMAGE_FILES_MAX];
 	int fd, r;
 
@@ -611,7 +613,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 		kinds[i] = f.kind;
 	}
 	for (size_t i = n; i > 0; i--)
-		if (g->missing[i - 1])
+		if (g->missing[i - 1] || (release && kinds[i - 1] == KHO_FILE_MEMFD))
 			kho_image_drop_file(w->image, i - 1);
 	kho_image_drop_devices(w->image);
 	kho_image_set_outcome(w->image, KHO_OUTCOME_QUIESCED, text);
@@ -620,7 +622,7 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 	/* w->fds goes with the files of the image. */
 	memcpy(fds, w->fds, n * sizeof(int));
 	for (size_t i = 0; i < n; i++)
-		if (kinds[i] == KHO_FILE_MEMFD && !g->missing[i])
+		if (kinds[i] == KHO_FILE_MEMFD && !g->missing[i] && !release)
 			w->fds[kept++] = fds[i];
 
 	fd = kho_image_write_memfd(k->kho, w->image, err);
@@ -634,6 +636,10 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 			kho_close(k->kho, fds[i]);
 	for (size_t i = 0; i < n; i++)
 		if (kinds[i] == KHO_FILE_IOMMUFD)
+			kho_close(k->kho, fds[i]);
+	/* The incoming session has it until the devices have been stopped. */
+	for (size_t i = 0; release && i < n; i++)
+		if (kinds[i] == KHO_FILE_MEMFD)
 			kho_close(k->kho, fds[i]);
 	if (r < 0)
 		return r;
@@ -801,7 +807,9 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 	if (g->quiesced) {
 		FAULT(QUIESCE_STOPPED);
 		log_event(LOG_ERR, MSG_QUIESCED, w->name,
-			  "The devices of workload %s have been stopped: %s.", w->name,
+			  "The devices of workload %s have been stopped%s: %s.", w->name,
+			  kho_image_restore_failure(w->image) == KHO_RESTORE_FAILURE_RELEASE ?
+				  ", and its memory freed, as it asked for" : "",
 			  kho_image_reason(w->image));
 	}
 

@@ -379,14 +379,16 @@ static int take_policy(const Kho__Control__Policy *p, struct registration *reg)
 		p = &none;
 	if ((unsigned int)p->keep > KHO__CONTROL__KEEP_MODE__KEEP_LEASE ||
 	    (unsigned int)p->survival > KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ||
-	    (unsigned int)p->restore_failure > KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE ||
+	    (unsigned int)p->restore_failure > KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE ||
 	    p->prepare_msec > PREPARE_MSEC_MAX)
 		return -EOPNOTSUPP;
 	reg->lease = p->keep == KHO__CONTROL__KEEP_MODE__KEEP_LEASE;
 	reg->prepare = p->prepare || reg->lease;
 	reg->survival = p->survival == KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ?
 				KHO_SURVIVAL_BEST_EFFORT : KHO_SURVIVAL_MUST;
-	reg->restore_failure = KHO_RESTORE_FAILURE_QUIESCE;
+	reg->restore_failure =
+		p->restore_failure == KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE ?
+			KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE;
 	reg->prepare_msec = p->prepare_msec ? p->prepare_msec : PREPARE_MSEC;
 	return 0;
 }
@@ -865,6 +867,8 @@ static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
 		info->handovers = kho_image_handovers(w->image);
 		info->registered_realtime_usec = kho_image_registered_usec(w->image);
 		info->secret = kho_image_has_secret(w->image);
+		if (kho_image_restore_failure(w->image) == KHO_RESTORE_FAILURE_RELEASE)
+			info->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE;
 		info->outcome = (Kho__Control__Outcome)kho_image_outcome(w->image);
 		info->outcome_reason = (char *)kho_image_reason(w->image);
 	}

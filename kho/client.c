@@ -274,7 +274,9 @@ static void policy_to_wire(const struct kho_policy *policy, Kho__Control__Policy
 	w->survival = policy->survival == KHO_SURVIVAL_BEST_EFFORT ?
 			      KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT :
 			      KHO__CONTROL__SURVIVAL__SURVIVAL_MUST;
-	w->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
+	w->restore_failure = policy->restore_failure == KHO_RESTORE_FAILURE_RELEASE ?
+				     KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE :
+				     KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
 	w->prepare_msec = policy->prepare_msec;
 }
 
@@ -812,7 +814,9 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 			.secret = info->secret,
 			.survival = info->survival == KHO__CONTROL__SURVIVAL__SURVIVAL_BEST_EFFORT ?
 					    KHO_SURVIVAL_BEST_EFFORT : KHO_SURVIVAL_MUST,
-			.restore_failure = KHO_RESTORE_FAILURE_QUIESCE,
+			.restore_failure =
+				info->restore_failure == KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE ?
+					KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE,
 			.prepare = info->prepare,
 			.n_files = info->n_files > 0 ? info->n_files : info->count,
 			.bytes = info->bytes,

@@ -709,7 +709,8 @@ static int from_message(const Kho__Image__Image *m, struct kho_image **ret,
 	if (w->policy) {
 		if ((int)w->policy->survival < 0 ||
 		    w->policy->survival > KHO__IMAGE__SURVIVAL__SURVIVAL_BEST_EFFORT ||
-		    w->policy->restore_failure != KHO__IMAGE__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE)
+		    (int)w->policy->restore_failure < 0 ||
+		    w->policy->restore_failure > KHO__IMAGE__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE)
 			return kho_error_new(err, EOPNOTSUPP, w->name, "its policy is unknown: upgrade khod");
 		kho_image_set_policy(image, (enum kho_survival)w->policy->survival,
 				     (enum kho_restore_failure)w->policy->restore_failure);

@@ -21,6 +21,8 @@ static const char help[] =
 	"  --fd N           register descriptor N instead of a file\n"
 	"  --fd-name X      its name (the file's, or fdN)\n"
 	"  --best-effort    a handover goes on without it if it cannot be carried over\n"
+	"  --on-failure X   if its devices cannot be restored they are stopped; then, with X\n"
+	"                   quiesce (default), the memory is kept, or, with release, freed\n"
 	"  --secret-file F  whoever knows the 16 to 64 bytes in F may claim it\n"
 	"\n"
 	"Prints the name, the number of files and their size.\n";
@@ -84,6 +86,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		{ "fd", required_argument, NULL, 'f' },
 		{ "fd-name", required_argument, NULL, 'n' },
 		{ "best-effort", no_argument, NULL, 'b' },
+		{ "on-failure", required_argument, NULL, 'o' },
 		{ "secret-file", required_argument, NULL, 's' },
 		{},
 	};
@@ -120,6 +123,13 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			break;
 		case 'b':
 			policy.survival = KHO_SURVIVAL_BEST_EFFORT;
+			break;
+		case 'o':
+			if (strcmp(optarg, "release") != 0 && strcmp(optarg, "quiesce") != 0)
+				return khoctl_usage(&verb_register, "--on-failure is quiesce or release");
+			policy.restore_failure = strcmp(optarg, "release") == 0 ?
+							 KHO_RESTORE_FAILURE_RELEASE :
+							 KHO_RESTORE_FAILURE_QUIESCE;
 			break;
 		case 's':
 			r = khoctl_secret(optarg, &secret, &secret_size);
@@ -183,7 +193,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 
 const struct verb verb_register = {
 	.name = "register",
-	.args = "NAME FILE|--fd N [--fd-name X] [--best-effort]",
+	.args = "NAME FILE|--fd N [OPTION]...",
 	.summary = "Give a file's contents or descriptors into custody",
 	.help = help,
 	.run = run,

@@ -8,6 +8,11 @@ static const char *survival(const struct kho_workload *w)
 	return w->survival == KHO_SURVIVAL_BEST_EFFORT ? "best-effort" : "must-survive";
 }
 
+static const char *restore_failure(const struct kho_workload *w)
+{
+	return w->restore_failure == KHO_RESTORE_FAILURE_RELEASE ? "release" : "quiesce";
+}
+
 static void print_json(const struct kho_workload *w, const struct kho_image *image)
 {
 	struct json j = { .f = stdout };
@@ -25,7 +30,7 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 	json_bool(&j, "claim_secret", w->secret);
 	json_string(&j, "reason", w->reason);
 	json_string(&j, "survival", survival(w));
-	json_string(&j, "restore_failure", "quiesce");
+	json_string(&j, "restore_failure", restore_failure(w));
 	json_bool(&j, "asked", w->prepare);
 	json_string(&j, "outcome", outcome_name(w->outcome));
 	json_string(&j, "outcome_reason", w->outcome_reason);
@@ -57,8 +62,8 @@ static void print_text(const struct kho_workload *w, const struct kho_image *ima
 	if (w->uid != UINT32_MAX)
 		printf("  owner       uid %" PRIu32 "%s%s%s\n", w->uid, w->unit[0] ? ", " : "",
 		       w->unit, w->secret ? ", or the claim secret" : "");
-	printf("  policy      %s%s; if a restore fails: quiesce\n", survival(w),
-	       w->prepare ? ", asked before a handover" : "");
+	printf("  policy      %s%s; if a restore fails: %s\n", survival(w),
+	       w->prepare ? ", asked before a handover" : "", restore_failure(w));
 	printf("  registered  %s\n", human_time(w->registered_usec, when));
 	printf("  handovers   %" PRIu32 "\n", w->handovers);
 	printf("  session     %s\n", w->session[0] ? w->session : "-");

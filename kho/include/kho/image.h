@@ -67,9 +67,12 @@ enum kho_survival {
 /**
  * enum kho_restore_failure - what becomes of devices that cannot be restored in the next kernel
  * @KHO_RESTORE_FAILURE_QUIESCE: they are stopped, the memory is kept
+ * @KHO_RESTORE_FAILURE_RELEASE: they are stopped, then the memory is freed: for whoever can make
+ *	no use of it without the devices. Name and reason are kept for whoever claims
  */
 enum kho_restore_failure {
 	KHO_RESTORE_FAILURE_QUIESCE = 0,
+	KHO_RESTORE_FAILURE_RELEASE = 1,
 };
 
 /** kho_file_kind_name() - "memfd" etc.; NULL for an unknown kind; static */
