@@ -109,9 +109,14 @@ static int open_device(const char *path)
 
 static int op_open(void *u, const char *path, int flags)
 {
-	char answer = 0;
+	char answer = 0, own[128];
 	int fd;
 
+	/* Asked for by the clock, it must not take its turn in what fails. */
+	if (strcmp(path, KHO_LUO_IMAGE) == 0) {
+		snprintf(own, sizeof(own), "%s/kho_image", getenv("KHO_SIM"));
+		return real->open(NULL, own, flags);
+	}
 	INJECT();
 	if (strcmp(path, "/dev/iommu") == 0 || strncmp(path, "/dev/vfio/", 10) == 0)
 		return open_device(path);

@@ -15,6 +15,7 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <linux/liveupdate.h>
@@ -64,6 +65,14 @@ struct sim {
 	struct entry store[MAX_STORE];
 	size_t n_store;
 	unsigned int fdstore_max;
+	/* Out of the store, and not closed yet. */
+	struct {
+		int fd;
+		long at_msec;
+	} closing[MAX_STORE];
+	size_t n_closing;
+	unsigned int close_late;
+	char no_handler[64];
 	pid_t pid;
 	char *log;
 };
@@ -185,6 +194,8 @@ static int session_retrieve(struct sim *s, const char *name, int *fd)
 		return -ENOENT;
 	if (ss->retrieved)
 		return -EINVAL;
+	if (s->no_handler[0] && strstr(name, s->no_handler))
+		return -ENOPKG;
 	*fd = session_open(ss);
 	ss->retrieved = *fd >= 0;
 	return *fd < 0 ? *fd : 0;
@@ -323,6 +334,43 @@ static void serve_open(struct sim *s)
 	close(sock);
 }
 
+static long now_msec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000L + ts.tv_nsec / 1000000;
+}
+
+/* Close what is due. Return: for how long there is nothing to do, in ms; -1: for ever. */
+static int close_due(struct sim *s)
+{
+	long next = -1;
+
+	for (size_t i = 0; i < s->n_closing;) {
+		long left = s->closing[i].at_msec - now_msec();
+
+		if (left <= 0) {
+			close(s->closing[i].fd);
+			s->closing[i] = s->closing[--s->n_closing];
+			continue;
+		}
+		next = next < 0 || left < next ? left : next;
+		i++;
+	}
+	return (int)next;
+}
+
+static void store_close(struct sim *s, int fd)
+{
+	if (s->close_late == 0 || s->n_closing == MAX_STORE) {
+		close(fd);
+		return;
+	}
+	s->closing[s->n_closing].fd = fd;
+	s->closing[s->n_closing++].at_msec = now_msec() + s->close_late;
+}
+
 static void store_remove(struct sim *s, const char *name)
 {
 	for (size_t i = 0; i < s->n_store;) {
@@ -330,7 +378,7 @@ static void store_remove(struct sim *s, const char *name)
 			i++;
 			continue;
 		}
-		close(s->store[i].fd);
+		store_close(s, s->store[i].fd);
 		s->store[i] = s->store[--s->n_store];
 	}
 }
@@ -439,9 +487,10 @@ static void *serve(void *arg)
 		struct pollfd p[4 + MAX_DEVICES + MAX_SESSIONS + MAX_OPEN];
 		int what[4 + MAX_DEVICES + MAX_SESSIONS + MAX_OPEN], open_fds[MAX_OPEN];
 		size_t n_open;
-		int n = 0;
+		int n = 0, timeout;
 
 		pthread_mutex_lock(&s->lock);
+		timeout = close_due(s);
 		p[n++] = (struct pollfd){ .fd = s->wake[0], .events = POLLIN };
 		p[n++] = (struct pollfd){ .fd = s->listen_device, .events = POLLIN };
 		p[n++] = (struct pollfd){ .fd = s->notify, .events = POLLIN };
@@ -462,7 +511,7 @@ static void *serve(void *arg)
 				p[n++] = (struct pollfd){ .fd = s->sessions[i].server, .events = POLLIN };
 			}
 		pthread_mutex_unlock(&s->lock);
-		if (poll(p, n, -1) < 0)
+		if (poll(p, n, timeout) < 0)
 			continue;
 		pthread_mutex_lock(&s->lock);
 		if (s->quit) {
@@ -545,7 +594,8 @@ static void wake(struct sim *s)
 
 void sim_free(struct sim *s)
 {
-	static const char *const names[] = { "liveupdate", "notify", "khod.sock", "lock", "open" };
+	static const char *const names[] = { "liveupdate", "notify", "khod.sock", "lock", "open", "no-bus",
+					     "kho_image", "kexec-refused" };
 
 	if (s->pid > 0) {
 		kill(s->pid, SIGKILL);
@@ -558,6 +608,8 @@ void sim_free(struct sim *s)
 	pthread_join(s->thread, NULL);
 	for (size_t i = 0; i < s->n_store; i++)
 		close(s->store[i].fd);
+	for (size_t i = 0; i < s->n_closing; i++)
+		close(s->closing[i].fd);
 	for (int i = 0; i < MAX_SESSIONS; i++)
 		if (s->sessions[i].used)
 			session_release(s, &s->sessions[i]);
@@ -708,7 +760,7 @@ static void settle(struct sim *s)
 		n_open = simdev_sockets(s->dev, open_fds, MAX_OPEN);
 		for (size_t i = 0; i < n_open; i++)
 			p[n++] = (struct pollfd){ .fd = open_fds[i], .events = POLLIN };
-		quiet = poll(p, n, 0) == 0 ? quiet + 1 : 0;
+		quiet = poll(p, n, 0) == 0 && s->n_closing == 0 ? quiet + 1 : 0;
 		pthread_mutex_unlock(&s->lock);
 		if (tries > 20000)
 			abort();
@@ -824,10 +876,39 @@ void sim_kexec(struct sim *s)
 	wake(s);
 }
 
-/* The timeline is nobody's: once made it stays. */
+/* Timeline and manifest are nobody's: once made they stay. Locks of logind come and go. */
 static bool of_workload(const struct entry *e)
 {
-	return strcmp(e->name, "timeline") != 0;
+	return strcmp(e->name, "timeline") != 0 && strcmp(e->name, "manifest") != 0 &&
+	       strncmp(e->name, "inhibit-", 8) != 0;
+}
+
+void sim_close_late(struct sim *s, unsigned int msec)
+{
+	pthread_mutex_lock(&s->lock);
+	s->close_late = msec;
+	pthread_mutex_unlock(&s->lock);
+}
+
+void sim_without_handler(struct sim *s, const char *workload)
+{
+	pthread_mutex_lock(&s->lock);
+	s->no_handler[0] = 0;
+	if (workload)
+		snprintf(s->no_handler, sizeof(s->no_handler), "khod:%.48s:", workload);
+	pthread_mutex_unlock(&s->lock);
+}
+
+size_t sim_preserved(struct sim *s)
+{
+	size_t n = 0;
+
+	settle(s);
+	pthread_mutex_lock(&s->lock);
+	for (int i = 0; i < MAX_SESSIONS; i++)
+		n += s->sessions[i].used ? s->sessions[i].n_tokens : 0;
+	pthread_mutex_unlock(&s->lock);
+	return n;
 }
 
 size_t sim_store_count(struct sim *s)

@@ -46,10 +46,17 @@ pid_t sim_pid(struct sim *s);
 /* After a kexec: what was preserved under @token cannot be restored, now and ever after. */
 void sim_lose(struct sim *s, unsigned long long token);
 
+/* PID 1 closes what is taken out of its store so much later than it says so; 0: at once. */
+void sim_close_late(struct sim *s, unsigned int msec);
+/* After a kexec: the session of this workload cannot be retrieved, a handler is missing. NULL: none. */
+void sim_without_handler(struct sim *s, const char *workload);
+/* What all sessions together hold: files, images. */
+size_t sim_preserved(struct sim *s);
+
 /* khod must not run. PID 1 hands its store over, the kernel its outgoing sessions. */
 void sim_kexec(struct sim *s);
 
-/* Descriptors in the store, without the timeline. */
+/* Descriptors in the store that are a workload's. */
 size_t sim_store_count(struct sim *s);
 /* Those of them that are no sessions. */
 size_t sim_store_memfds(struct sim *s);

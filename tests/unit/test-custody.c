@@ -4,6 +4,9 @@
  * (sim.h): custody over kexecs, over SIGKILL at every fault point, with every single
  * kernel call failing once.
  */
+#include <signal.h>
+#include <sys/wait.h>
+
 #include "common.h"
 
 #define N_FILES 3
@@ -170,6 +173,8 @@ Test(custody, register_claim_same_kernel)
 	must_claim(s, "vm1", &f);
 	must_be_empty(s);
 	cr_assert(state_of(s, "vm1") == 0);
+	/* One more: the manifest stays. */
+	fds++;
 	cr_assert(sim_khod_comes_to_fds(s, fds), "khod leaks descriptors: %zu, then %zu", fds, idle_fds(s));
 	must_stop(s);
 	files_close(&f);
@@ -401,6 +406,217 @@ Test(custody, fd_store_too_small)
 	must_be_empty(s);
 	must_stop(s);
 	files_close(&f);
+	sim_free(s);
+}
+
+/* PID 1 closes what it takes out of its store a moment later: what is registered then has it still. */
+Test(custody, closed_a_moment_later)
+{
+	struct sim *s = sim_new(true);
+	struct kho_error *err = NULL;
+	struct kho_client *c;
+	struct files f;
+	char *text;
+
+	files_make(&f);
+	sim_close_late(s, 300);
+	must_start(s);
+	for (int i = 0; i < 2; i++) {
+		must_register(s, "vm1", &f);
+		/* What somebody has is refused at once, though something is being closed. */
+		cr_assert(try_register(s, "vm2", &f, &err) == -EBUSY);
+		text = kho_error_format(err, 0);
+		cr_assert(strstr(text, "of workload vm1"), "%s", text);
+		free(text);
+		err = kho_error_free(err);
+		if (i == 0) {
+			c = dial(kho, s);
+			cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == 0);
+			kho_client_free(c);
+		} else {
+			must_claim(s, "vm1", &f);
+		}
+	}
+	must_register(s, "vm1", &f);
+	must_claim(s, "vm1", &f);
+	files_close(&f);
+	must_stop(s);
+	sim_free(s);
+}
+
+/* A handler is missing when PID 1 asks, and khod has nothing of the workload; later it is there. */
+Test(custody, a_session_that_pid_1_cannot_retrieve)
+{
+	struct sim *s = sim_new(true);
+	struct kho_workloads *w = NULL;
+	struct files f, g;
+	struct kho_client *c;
+
+	files_make(&f);
+	files_make(&g);
+	must_start(s);
+	must_register(s, "vm1", &f);
+	must_register(s, "vm2", &g);
+	must_stop(s);
+	sim_without_handler(s, "vm1");
+	sim_kexec(s);
+	for (int i = 0; i < 2; i++) {
+		must_start(s);
+		c = dial(kho, s);
+		cr_assert(kho_client_show(c, "vm1", &w, NULL, NULL) == 0, "%s", sim_log(s));
+		cr_assert(kho_workloads_get(w, 0)->state == KHO_WORKLOAD_FAILED);
+		cr_assert(strstr(kho_workloads_get(w, 0)->reason, "the handler of a file in it is missing"),
+			  "%s", kho_workloads_get(w, 0)->reason);
+		w = kho_workloads_free(w);
+		kho_client_free(c);
+		cr_assert(state_of(s, "vm2") == KHO_WORKLOAD_HELD);
+		must_stop(s);
+	}
+	sim_without_handler(s, NULL);
+	must_start(s);
+	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD, "%s", sim_log(s));
+	must_claim(s, "vm1", &f);
+	/* What was let go in this kernel is not missed. */
+	kill(sim_pid(s), SIGKILL);
+	cr_assert(sim_killed(sim_wait(s)));
+	must_start(s);
+	cr_assert(state_of(s, "vm1") == 0);
+	must_stop(s);
+	sim_kexec(s);
+	must_start(s);
+	cr_assert(state_of(s, "vm1") == 0);
+	must_claim(s, "vm2", &g);
+	must_rest(s, 0);
+	files_close(&f);
+	files_close(&g);
+	must_stop(s);
+	sim_free(s);
+}
+
+/* Other users may connect, too. */
+static void open_to_all(struct sim *s)
+{
+	cr_assert(chmod(sim_dir(s), 0755) == 0 && chmod(sim_socket(s), 0777) == 0);
+}
+
+/* In a process of user @uid. Return: what @fn returns, 0 to 100. */
+static int as_user(uid_t uid, int (*fn)(struct sim *s, void *arg), struct sim *s, void *arg)
+{
+	pid_t pid = fork();
+	int status;
+
+	if (pid == 0)
+		_exit(setresuid(uid, uid, uid) < 0 ? 101 : fn(s, arg));
+	cr_assert(pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status));
+	return WEXITSTATUS(status);
+}
+
+static int register_it(struct sim *s, void *arg)
+{
+	return try_register(s, "vm1", arg, NULL) == 0 ? 0 : 1;
+}
+
+static int release_as_own(struct sim *s, void *arg)
+{
+	struct kho_client *c = dial(kho, s);
+
+	kho_client_set_owner(c, *(uid_t *)arg);
+	return -kho_client_release(c, "vm1", NULL, 0, NULL);
+}
+
+Test(custody, root_says_whose_it_is)
+{
+	struct kho_error *err = NULL;
+	struct kho_claim *claim = NULL;
+	struct kho_client *c;
+	struct files f;
+	struct sim *s;
+	uid_t owner = 60001;
+
+	if (geteuid() != 0)
+		cr_skip_test("only root can have processes of several users");
+	s = sim_new(true);
+	files_make(&f);
+	must_start(s);
+	open_to_all(s);
+	cr_assert(as_user(owner, register_it, s, &f) == 0, "%s", sim_log(s));
+	c = dial(kho, s);
+	cr_assert(kho_client_claim(c, "vm1", NULL, 0, &claim, &err) == -EPERM);
+	cr_assert(strstr(kho_error_message(err), "it belongs to uid 60001"), "%s", kho_error_message(err));
+	err = kho_error_free(err);
+	cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == -EPERM);
+	kho_client_set_owner(c, 60002);
+	cr_assert(kho_client_claim(c, "vm1", NULL, 0, &claim, NULL) == -EPERM);
+	cr_assert(kho_client_release(c, "vm1", NULL, 0, NULL) == -EPERM);
+	/* Nobody else may say so. */
+	cr_assert(as_user(60002, release_as_own, s, &owner) == EPERM);
+	kho_client_set_owner(c, owner);
+	cr_assert(kho_client_claim(c, "vm1", NULL, 0, &claim, &err) == 0, "%s", sim_log(s));
+	cr_assert(kho_claim_uid(claim) == owner && claim_is(claim, &f));
+	kho_claim_free(claim);
+	kho_client_free(c);
+	c = dial(kho, s);
+	kho_client_set_owner(c, owner);
+	cr_assert(kho_client_release(c, "vm1", NULL, 0, &err) == 0, "%s", sim_log(s));
+	kho_client_free(c);
+	must_rest(s, 0);
+	files_close(&f);
+	must_stop(s);
+	sim_free(s);
+}
+
+enum { PER_USER = 16 };
+
+/* As many connections as one user may have, until the pipe is closed. Return: the first error. */
+static int connect_many(struct sim *s, void *arg)
+{
+	const int *p = arg;
+	char byte = 0;
+	int n = 0;
+
+	close(p[0]);
+	while (n < PER_USER && dial(kho, s))
+		n++;
+	byte = (char)n;
+	(void)!write(p[1], &byte, 1);
+	pause();	/* until it is killed */
+	return 0;
+}
+
+Test(custody, places_are_kept_for_root)
+{
+	pid_t pids[40];
+	size_t n = 0, users = 0;
+	struct kho_client *c;
+	struct sim *s;
+	int p[2];
+	char got = PER_USER;
+
+	if (geteuid() != 0)
+		cr_skip_test("only root can have processes of several users");
+	s = sim_new(true);
+	must_start(s);
+	open_to_all(s);
+	cr_assert(pipe2(p, O_CLOEXEC) == 0);
+	while (got == PER_USER) {
+		cr_assert(users < ARRAY_SIZE(pids), "there is no limit");
+		pids[users] = fork();
+		if (pids[users] == 0)
+			_exit(setresuid(60000 + users, 60000 + users, 60000 + users) < 0 ? 101 :
+			      connect_many(s, p));
+		users++;
+		cr_assert(read(p[0], &got, 1) == 1);
+		n += (size_t)got;
+	}
+	cr_assert(n == 512 - 32, "%zu connections of %zu users", n, users);
+	c = dial(kho, s);
+	cr_assert(c, "root cannot connect any more\n%s", sim_log(s));
+	kho_client_free(c);
+	for (size_t i = 0; i < users; i++) {
+		kill(pids[i], SIGKILL);
+		waitpid(pids[i], NULL, 0);
+	}
+	must_stop(s);
 	sim_free(s);
 }
 
@@ -752,6 +968,7 @@ Test(custody, fail_nth_register_claim)
 		if (r < 0)
 			must_claim(s, "vm1", &f);
 		must_be_empty(s);
+		fds++;	/* the manifest stays */
 		cr_assert(sim_khod_comes_to_fds(s, fds), "call %d: %zu descriptors, then %zu", n, fds,
 			  idle_fds(s));
 		done = !injection_fired(s);

@@ -776,3 +776,106 @@ Test(devices, fail_nth_quiesce)
 	fprintf(stderr, "quiesce: %d calls failed one by one\n", fired);
 	cr_assert(end == KHO_OUTCOME_QUIESCED && fired > 50);
 }
+
+/* Devices that are stopped at once, and a workload whose memory is worth nothing without them. */
+static void registered_to_release(void)
+{
+	struct kho_policy policy = { .restore_failure = KHO_RESTORE_FAILURE_RELEASE };
+	struct kho_error *err = NULL;
+	struct kho_client *k;
+	struct client c;
+
+	client_new(&c);
+	must_start(sim);
+	k = dial(kho, sim);
+	{
+		struct kho_client_file files[] = {
+			{ "ram0", c.memfds[0] }, { "ram1", c.memfds[1] }, { "iommufd", c.ctx },
+			{ "nic", c.dev[0] }, { "disk", c.dev[1] },
+		};
+
+		must(kho_client_register_policy(k, "vm", files, ARRAY_SIZE(files), NULL, 0, &policy, &err),
+		     err, "register");
+	}
+	kho_client_free(k);
+	client_exit(&c);
+	must_stop(sim);
+}
+
+static void must_claim_nothing(void)
+{
+	struct kho_client *c = dial(kho, sim);
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+
+	must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
+	cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED && kho_claim_n_files(claim) == 0);
+	cr_assert(strstr(kho_claim_reason(claim), "does not translate as the frozen"), "%s",
+		  kho_claim_reason(claim));
+	must(kho_client_claim_ack(c, claim, &err), err, "ack");
+	kho_claim_free(claim);
+	kho_client_free(c);
+}
+
+/* With @fault khod is killed there first. */
+static void released(const char *fault)
+{
+	registered_to_release();
+	sim_kexec(sim);
+	simdev_refuse_replace(sim_lock_devices(sim), "0000:02:00.0");
+	sim_unlock_devices(sim);
+	if (fault) {
+		sim_start(sim, fault, NULL);
+		cr_assert(sim_killed(sim_wait(sim)), "%s never fired\n%s", fault, sim_log(sim));
+	}
+	for (int i = 0; i < 3; i++) {
+		must_start(sim);
+		cr_assert(must_rest("release") == KHO_OUTCOME_QUIESCED);
+		/* Only the image is left. */
+		cr_assert(sim_preserved(sim) == 1 && sim_store_memfds(sim) == 0, "%zu\n%s",
+			  sim_preserved(sim), sim_log(sim));
+		if (i == 2)
+			break;
+		must_stop(sim);
+		if (i == 1)
+			sim_kexec(sim);
+	}
+	must_claim_nothing();
+	must_stop(sim);
+}
+
+Test(devices, memory_is_freed_if_that_is_the_policy)
+{
+	static const char *const faults[] = {
+		NULL, "quiesce-decided", "quiesce-stopped", "restore-replaced",
+		"start-incoming-session-stored", "start-incoming-image-preserved",
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(faults); i++) {
+		if (i > 0)
+			again();
+		released(faults[i]);
+	}
+	/* And a restore that succeeds is none of its business. */
+	again();
+	registered_to_release();
+	sim_kexec(sim);
+	must_start(sim);
+	cr_assert(must_rest("restored") == KHO_OUTCOME_RESTORED);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+/* The incoming session is there until PID 1 has closed it, and has the memory. */
+Test(devices, quiesced_though_closed_a_moment_later)
+{
+	registered();
+	sim_kexec(sim);
+	sim_close_late(sim, 300);
+	simdev_refuse_replace(sim_lock_devices(sim), "*");
+	sim_unlock_devices(sim);
+	must_start(sim);
+	cr_assert(must_rest("closed late") == KHO_OUTCOME_QUIESCED);
+	must_claim(&known);
+	must_stop(sim);
+}

@@ -600,6 +600,53 @@ Test(handover, what_cannot_be_preserved_is_a_refusal)
 	must_go_on(&a, &b);
 }
 
+/* Each leases a device of one iommufd: who comes first lacks what the other one has. */
+Test(handover, two_leases_in_one_failure_domain)
+{
+	struct client a, b = { .name = "vm-b", .seed = 1 };
+	struct kho_error *err = NULL;
+	struct operator o = {};
+	struct kho_event ev;
+
+	must_start(sim);
+	client_new(&a, "vm-a", "0000:01:00.0");
+	b.memfd = make_memfd(SIZE, b.seed);
+	b.ctx = fcntl(a.ctx, F_DUPFD_CLOEXEC, 3);
+	b.ioas = a.ioas;
+	b.dev = kho_vfio_open(kho, "/dev/vfio/devices/0000:02:00.0", &err);
+	must(b.dev, err, "open");
+	must(kho_vfio_bind(kho, b.dev, b.ctx, &b.dev_id, &err), err, "bind");
+	attach(&b);
+	must_lease(&a, &lease);
+	must_lease(&b, &lease);
+	preserve(&o);
+	must_event(&a, KHO_EVENT_PREPARE, &ev);
+	cr_assert(kho_client_ready(a.k, &ev, &err) == -EOPNOTSUPP);
+	kho_error_free(err);
+	wait_for(&o);
+	cr_assert(o.r == -EOPNOTSUPP && strstr(o.text, "vm-a: ") && strstr(o.text, "0000:02:00.0") &&
+		  strstr(o.text, "is attached, and is not in the workload"), "%d %s", o.r, o.text);
+	must_event(&a, KHO_EVENT_ABORTED, &ev);
+	must_event(&b, KHO_EVENT_PREPARE, &ev);
+	must_event(&b, KHO_EVENT_ABORTED, &ev);
+	cr_assert(is_free(&a));
+	devices_run(2);
+	/* The other one goes, and the first is carried. */
+	client_exit(&b);
+	preserve(&o);
+	must_be_ready(&a);
+	wait_for(&o);
+	cr_assert(o.r == 1, "%s", o.text);
+	client_exit(&a);
+	must_stop(sim);
+	sim_kexec(sim);
+	must_start(sim);
+	devices_run(1);
+	must_come_back("vm-a", a.seed);
+	must_be_empty();
+	must_stop(sim);
+}
+
 /* Preserved from the start, and asked all the same. */
 Test(handover, a_held_workload_may_veto)
 {
