@@ -308,7 +308,7 @@ def several_workloads_of_different_users(ctx):
 
 LEASE = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
          "ExecStart=/usr/lib/khod/tests/nic --lease --status /run/lab-nic.status\\n' > $d/lease.conf; sync; "
-         "systemctl daemon-reload; systemctl stop lab-nic; khoctl release nic; systemctl start lab-nic")
+         "systemctl daemon-reload; systemctl stop lab-nic; khoctl release --of root nic; systemctl start lab-nic")
 
 
 @test(part="nic", kernels=A_AND_B)
