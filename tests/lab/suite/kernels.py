@@ -6,11 +6,16 @@ import shutil
 from lablib.check import expect, test
 from suite.bare import boot_id
 from suite.dma import FULL, Run
+from suite.memory import DEBUG_GUEST
 from suite.service import MIB, Khod
 from suite.upstream import quiet, suite
 
 MINIMAL, MODULAR, DEBUG = (("minimal", False, ""), ("modular", False, ""), ("debug", False, ""))
 SLOW = 600      # seconds for a boot of the debug kernel
+# Function in the backtrace -> why nobody frees it on the unpatched kernel either.
+KNOWN_LEAKS = {
+    "iommu_fwspec_init": "if its second allocation is made to fail, dev->iommu of a mock device stays",
+}
 
 
 def leaks(vm):
@@ -18,8 +23,9 @@ def leaks(vm):
     vm.run("echo scan > /sys/kernel/debug/kmemleak; sleep 6; echo scan > /sys/kernel/debug/kmemleak", 600)
     found = vm.run("cat /sys/kernel/debug/kmemleak", 120).out
     (vm.share / "kmemleak").write_text(found)
-    count = found.count("unreferenced object")
-    expect(not count, f"{count} leaks; see {vm.dir}/share/kmemleak: {found[:1500]}")
+    new = [x for x in found.split("unreferenced object")[1:]
+           if not any(f" {known}+0x" in x for known in KNOWN_LEAKS)]
+    expect(not new, f"{len(new)} leaks; see {vm.dir}/share/kmemleak: {new[:2]}")
 
 
 def kexec_between(ctx, first, second, **kw):
@@ -71,7 +77,7 @@ def a_memfd_comes_through_on_the_modular_kernel(ctx):
 
 @test(part="kernels", kernels=(DEBUG,))
 def a_memfd_comes_through_on_the_debug_kernel(ctx):
-    with ctx.vm(kernel=ctx.kernel("debug"), memory="2G") as vm:
+    with ctx.vm(kernel=ctx.kernel("debug"), **DEBUG_GUEST) as vm:
         handover(ctx, vm)
         quiet(vm)
         leaks(vm)
@@ -95,8 +101,7 @@ def dma_from_minimal_to_debug_and_back(ctx):
 
 @test(part="kernels", kernels=(DEBUG,))
 def upstream_suites_on_the_debug_kernel(ctx):
-    # The scratch areas that it would set aside leave too little of 3 GiB.
-    with ctx.vm(kernel=ctx.kernel("debug"), init="bare", memory="3G", kho_scratch="64M,700M,64M") as vm:
+    with ctx.vm(kernel=ctx.kernel("debug"), init="bare", **DEBUG_GUEST) as vm:
         vm.ready(SLOW)
         vm.run("echo 256 > /proc/sys/vm/nr_hugepages", check=False)
         suite(ctx, vm, "liveupdate/liveupdate", 600)

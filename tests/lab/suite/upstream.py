@@ -127,10 +127,11 @@ def vfio_cases(ctx, machine, unpatched) -> dict:
     """What each case of VFIO's programs gave for each device: 'ok', 'not ok', or 'skip'."""
     got = {}
     with ctx.vm(kernel=ctx.kernel(unpatched=unpatched), init="bare", memory="2G", machine=machine,
-                devices=VFIO_DEVICES, name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
+                devices=VFIO_DEVICES, append="vfio_iommu_type1.allow_unsafe_interrupts=1",
+                name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
         vm.ready()
         vm.run("echo 128 > /proc/sys/vm/nr_hugepages", check=False)
-        vm.run(f"cd {SELFTESTS}/vfio && ./setup.sh {' '.join(VFIO_DEVICES.values())}")
+        vm.run(f"cd {SELFTESTS}/vfio && bash setup.sh {' '.join(VFIO_DEVICES.values())}")
         for device, address in VFIO_DEVICES.items():
             for program in VFIO_PROGRAMS:
                 log = f"/lab/{program}-{device}.tap"
