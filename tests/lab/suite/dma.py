@@ -63,12 +63,13 @@ class Run:
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
         self.device, self.sender, self.sent = device, None, []
-        if mode.startswith("unplug"):
+        native = mode.startswith(("unplug", "error"))
+        if native:      # without ASPM, the lab's kernels do not ask the firmware for control
             options += " pcie_ports=native"
         with ctx.vm(kernel=kernel, init="dma-guest", memory=memory, devices=[device, second],
                     machine=machine, disk_options=THROTTLE,
                     trace=("pci_cfg_write", *EVENTS[device], *trace),
-                    arguments=PCIEHP if mode.startswith("unplug") else arguments,
+                    arguments=PCIEHP if native else arguments,
                     append=f"dma.device={device} dma.mode={mode} dma.kexecs={kexecs} "
                            f"{options}") as vm:
             self.vm, self.deadline = vm, time.monotonic() + timeout
@@ -92,6 +93,10 @@ class Run:
         if mode.startswith("unplug"):
             self.wait("UNPLUG")
             self.vm.qmp_do("device_del", id="dev0")
+        if mode.startswith("error"):
+            self.wait("ERROR")
+            # At the port: QEMU's NICs cannot be told to report errors.
+            self.vm.qmp_do("human-monitor-command", **{"command-line": "pcie_aer_inject_error rp0 DLP"})
         if mode == "panic":
             self.wait("a session after a panic", 2)
             return
@@ -355,6 +360,22 @@ def quiesced_at_an_unplug_in_the_next_kernel(ctx):
 @test(part="dma")
 def an_unplug_while_preserved_waits_for_the_user(ctx):
     quiesced(ctx, "unplugold", kexecs=0)
+
+
+def after_an_error(ctx, mode, **kw):
+    """The link is reset: by AER, and by the kernel itself, as the firmware of the lab does nothing."""
+    console = quiesced(ctx, mode, **kw).vm.console
+    expect(console.find("Uncorrectable .Fatal. Error message received") is not None, "no error was reported")
+
+
+@test()
+def quiesced_at_a_fatal_error_in_the_next_kernel(ctx):
+    after_an_error(ctx, "error")
+
+
+@test(part="dma")
+def a_kexec_is_refused_after_a_fatal_error(ctx):
+    after_an_error(ctx, "errorold", kexecs=0)
 
 
 @test(part="dma")

@@ -769,24 +769,68 @@ static void unplugreboot_first(void)
 	let_go();
 }
 
-static void unplug_next(int stage)
+/* What was preserved is lost but for its memory. */
+static void __attribute__((noreturn)) lost(void)
 {
 	int ret;
 
-	(void)stage;
-	fill_memory();
-	say("UNPLUG");
-	verdict(gone(20), "the device goes", 0);
 	say("QUIESCED");
 	retrieve_session("dma");
 	ret = try_retrieve(TOK_DEV);
-	verdict(ret == -ENODEV, "retrieve a device that is gone", ret);
+	verdict(ret == -ENODEV, "retrieve a device that was stopped", ret);
 	ret = try_retrieve(TOK_MEM);
 	verdict(ret >= 0, "retrieve its memory", ret);
 	end_session();
 	sleep(2);
 	check_filler();
 	power_off();
+}
+
+static void unplug_next(int stage)
+{
+	(void)stage;
+	fill_memory();
+	say("UNPLUG");
+	verdict(gone(20), "the device goes", 0);
+	lost();
+}
+
+static bool stops(double seconds)
+{
+	double end = now() + seconds;
+
+	while (is_master(BDF) && now() < end)
+		usleep(10000);
+	return !is_master(BDF);
+}
+
+/* The link is reset after a fatal error, whoever waits for the device. */
+static void error_next(int stage)
+{
+	(void)stage;
+	fill_memory();
+	say("ERROR");
+	verdict(stops(20), "the device is stopped", 0);
+	lost();
+}
+
+/* In the old kernel its driver is told, and there is nothing any more that could go on. */
+static void errorold_first(void)
+{
+	int ret;
+
+	create_session("dma");
+	preserve_all();
+	say("ERROR");
+	verdict(stops(20), "the device is reset", 0);
+	load_kernel(2, 0, "");
+	ret = reboot(LINUX_REBOOT_CMD_KEXEC) ? -errno : 0;
+	verdict(ret == -EIO, "reboot after a fatal error", ret);
+	end_session();
+	unmap_bar();
+	close(dev);
+	close(iommufd);
+	quiesced();
 }
 
 /* Virtual functions would need their physical function, and be a part of what goes on. */
@@ -894,6 +938,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unplugold", .first = unplugold_first, .stays = true },
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
+		{ .name = "error", .next = error_next },
+		{ .name = "errorold", .first = errorold_first, .stays = true },
 		{ .name = "sriov", .first = sriov_first, .stays = true },
 		{ .name = "panic", .first = panic_first },
 		{ .name = "map", .first = damage_first, .next = damage_next },
