@@ -1,12 +1,50 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Negative controls: a protection on, and then off by a parameter of test kernels.
+"""Negative controls: each protection on, and then off by a parameter of test kernels.
 
-What is counted must go wrong without the protection. (The controls without the series, or
-with memory alone preserved, are in dma.py.)
+What is counted must go wrong without the protection: packets that are lost, bytes of others'
+memory that change. (The controls without the series, or with memory alone preserved, are
+in dma.py.)
 """
+
+import re
 
 from lablib.check import expect, test
 from .dma import Run
+
+
+def filled(run):
+    """How many bytes of other memory changed."""
+    rows = run.lines("filled memory")
+    expect(rows, f"free memory was not looked at; see {run.vm.dir}")
+    return int(re.search(r"(\d+) bytes changed", rows[0]).group(1))
+
+
+def changed(ctx, mode, options=""):
+    """The same, after the workload let go of its own."""
+    run = Run(ctx, mode=mode, options=options, judge=False)
+    at = run.lines("QUIESCED")[0].when + run.offset
+    expect(run.dma(at - 3, at), "the device does not write any more")
+    return filled(run)
+
+
+def control_bytes(ctx, mode, parameter):
+    """With the protection no byte of others changes, without it many do."""
+    kept, lost = changed(ctx, mode), changed(ctx, mode, parameter)
+    ctx.figure("changed", f"{kept} bytes with, {lost} without the protection")
+    expect(not kept, f"{kept} bytes of others changed")
+    expect(lost > 1000, f"only {lost} bytes changed without the protection: the test cannot fail")
+
+
+@test(part="dma")
+def control_memory_is_damaged_without_holds(ctx):
+    """The buffers are punched out of the memory while the device writes to them."""
+    control_bytes(ctx, "punched", "iommu_liveupdate.test_no_holds=1")
+
+
+@test(part="dma")
+def control_memory_is_damaged_without_must_equal(ctx):
+    """The frozen HWPT is replaced by one that leads elsewhere, and let go of."""
+    control_bytes(ctx, "unequal", "iommufd.test_no_equal=1")
 
 
 @test(part="dma", kernels=(("faults", False, ""),))

@@ -156,6 +156,7 @@ uint64_t dma_addr(uint32_t off);
 void preserve_more(void);
 void retrieve_more(void);
 void fill_memory(void);
+void fill_freed_memory(int fd);
 void check_filler(void);
 
 /* large.c: all do nothing without dma.large= */

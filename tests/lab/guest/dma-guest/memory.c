@@ -119,8 +119,7 @@ void retrieve_more(void)
 	say("%s memory retrieved after the device: %zu words changed", bad ? "FAIL" : "ok", bad);
 }
 
-/* Use what is free for a pattern, so that stray DMA hits it. */
-void fill_memory(void)
+static size_t available(void)
 {
 	FILE *f = fopen("/proc/meminfo", "r");
 	char line[128];
@@ -131,13 +130,72 @@ void fill_memory(void)
 			break;
 	if (f)
 		fclose(f);
-	filler_len = (size_t)kb * 1024 / 4 * 3 & ~(PAGE - 1ul);
-	filler = mmap(NULL, filler_len, PROT_READ | PROT_WRITE,
+	return (size_t)kb * 1024;
+}
+
+static void map_filler(size_t len)
+{
+	filler = mmap(NULL, len & ~(PAGE - 1ul), PROT_READ | PROT_WRITE,
 		      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (filler == MAP_FAILED)
 		die("fill memory");
-	memset(filler, 0xa5, filler_len);
+	filler_len = 0;
+}
+
+static void fill(size_t len)
+{
+	len &= ~(PAGE - 1ul);
+	memset(filler + filler_len, 0xa5, len);
+	filler_len += len;
+}
+
+/* Use what is free for a pattern, so that stray DMA hits it. What is left is for retrieving. */
+void fill_memory(void)
+{
+	size_t len = available() / 4 * 3;
+
+	map_filler(len);
+	fill(len);
 	say("filled %zu MiB", filler_len >> 20);
+}
+
+#define KPF_ANON	12	/* of /proc/kpageflags */
+
+/* How many pages of the device's buffers, which the memfd @fd has noted, are in the filler. */
+static uint32_t filled_buffers(int fd)
+{
+	int flags = open("/proc/kpageflags", O_RDONLY);
+	uint64_t pa[NPAGES], flag;
+	uint32_t n = 0;
+
+	check(flags, "/proc/kpageflags");
+	check(pread(fd, pa, sizeof(pa), STATE_OFF + offsetof(struct state, pa)), "pread");
+	for (uint32_t i = BUF_OFF / PAGE; i < STATE_OFF / PAGE; i++) {
+		check(pread(flags, &flag, sizeof(flag), pa[i] / PAGE * sizeof(flag)), "pread");
+		n += flag >> KPF_ANON & 1;
+	}
+	close(flags);
+	return n;
+}
+
+#define STEP	(16u << 20)
+
+/*
+ * The same, until it has all of the buffers that were just freed, should they have been.
+ * They are huge pages, which the kernel keeps apart for whoever wants a huge page next.
+ */
+void fill_freed_memory(int fd)
+{
+	size_t len = available() / 4 * 3;
+	uint32_t n;
+
+	must(put("/sys/kernel/mm/transparent_hugepage/enabled", "always"), "huge pages");
+	map_filler(len);
+	do {
+		fill(STEP);
+		n = filled_buffers(fd);
+	} while (n < BUF_SIZE / PAGE && filler_len + STEP <= len);
+	say("filled %zu MiB, with %u pages of buffers", filler_len >> 20, n);
 }
 
 void check_filler(void)

@@ -411,25 +411,36 @@ static void killed_preserved(void)
 	raise(SIGKILL);
 }
 
-/* Nobody has the memory open any more, but the device still writes to it. */
-static void closed_next(int stage)
+/*
+ * The owner of the memory @fd takes the buffers away, if that can be done. What counts is
+ * whether the device, which goes on or not, then writes into memory of others.
+ */
+static void __attribute__((noreturn)) take_buffers_away(int fd)
+{
+	int ret = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, BUF_OFF, BUF_SIZE) ?
+		-errno : 0;
+
+	say("note: punch: %s", strerror(-ret));
+	fill_freed_memory(fd);
+	sleep(3);
+	say("QUIESCED");	/* or not: the words about memory tell */
+	check_filler();
+	power_off();
+}
+
+static void punched_next(int stage)
 {
 	(void)stage;
 	retrieve_session("dma");
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
-	close(memfd);
-	fill_memory();
-	sleep(3);
-	check_filler();
-	end_session();
-	quiesced();
+	take_buffers_away(memfd);
 }
 
 /*
- * The frozen HWPT is to be replaced by one that leads elsewhere, and everything that
- * held the memory before is to be let go. What does not work is only said: what counts
- * is whether the device then writes into memory of others.
+ * The frozen HWPT is to be replaced by one that leads elsewhere, and the buffers that it
+ * led to are to be let go. What does not work is only said: what counts is whether the
+ * device then writes into memory of others.
  */
 static void unequal_next(int stage)
 {
@@ -455,12 +466,7 @@ static void unequal_next(int stage)
 	say("note: destroy the frozen HWPT of stage %d: %s", stage, strerror(-ret));
 	ret = try_finish();
 	say("note: finish: %s", strerror(-ret));
-	close(old);
-	fill_memory();
-	sleep(3);
-	say("QUIESCED");	/* or not: the words about memory tell */
-	check_filler();
-	power_off();
+	take_buffers_away(old);
 }
 
 /* Nothing in flight but these reads: their interrupts come in the blackout, or never. */
@@ -927,7 +933,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "killedbound", .bound = killed_bound, .dies = true },
 		{ .name = "killedpreserved", .first = killed_preserved, .dies = true, .stays = true },
 		{ .name = "watch", .next = control_next },
-		{ .name = "closed", .next = closed_next },
+		{ .name = "punched", .next = punched_next },
 		{ .name = "unequal", .next = unequal_next },
 		{ .name = "pending", .first = pending_first, .last = pending_last,
 		  .every_vector = true },
