@@ -10,6 +10,7 @@ guest has two CPUs: on one, what systemd starts side by side comes one after the
 
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
 shapes       preserved memory by itself, see bench_memory.py
+goals        the same for what has a goal, patched alone
 noiommu, vtd a handover of a device beside its cold set-up, see bench_device.py
 replace      its moves from one HWPT to another beside those of the unpatched driver
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
@@ -83,8 +84,9 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "noiommu": bench_device.noiommu,
-         "vtd": bench_device.vtd, "replace": bench_device.replaces}
+PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "goals": bench_memory.only_goals,
+         "noiommu": bench_device.noiommu, "vtd": bench_device.vtd,
+         "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
 
 

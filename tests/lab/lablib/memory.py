@@ -17,7 +17,9 @@ from .qemu import VM
 
 EARLY = "earlycon=uart8250,io,0x3f8,115200 printk.devkmsg=on"
 TROUBLE = r"WARNING:|BUG:|Oops|KASAN:|Kernel panic|possible .*deadlock"
-# Seconds from "Starting new kernel" to ...
+# The guest calls reboot(2), and the old kernel's last line.
+REBOOT, KEXEC = "khobench: reboot", "Starting new kernel"
+# Seconds from KEXEC to ...
 MARKS = (("kernel", r"Linux version "), ("console", r"console \[ttyS0\] enabled"),
          ("init", r"khobench: init"))
 
@@ -81,13 +83,16 @@ def hand_over(kernel, shape, *, next_kernel=None, memory="2G", options="", timeo
         vm.console.thread.join(5)
         lines = list(vm.console.lines)
         logs = vm.dir
-    kexec = next((i for i, x in enumerate(lines) if "Starting new kernel" in x), len(lines))
+    kexec = next((i for i, x in enumerate(lines) if KEXEC in x), len(lines))
     said = [[x for x in part if "khobench: " in x] for part in (lines[:kexec], lines[kexec:])]
     got = Handover(words(said[0]), words(said[1]), lines=lines)
+    if kexec < len(lines):
+        asked = next(x for x in lines if REBOOT in x)
+        got.times["request"] = lines[kexec].when - asked.when
     for key, pattern in MARKS:
-        i = next((i for i in range(kexec, len(lines)) if re.search(pattern, lines[i])), None)
-        if i is not None:
-            got.times[key] = lines[i].when - lines[kexec].when
+        mark = next((x for x in lines[kexec:] if re.search(pattern, x)), None)
+        if mark is not None:
+            got.times[key] = mark.when - lines[kexec].when
     for key, values, source in (("preserve", got.old, "preserve_us"),
                                 ("retrieve", got.new, "retrieve_us"),
                                 ("finish", got.new, "finish_us")):
