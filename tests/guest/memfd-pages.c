@@ -9,13 +9,21 @@
  *
  *		NAME size BYTES sha256 HEX pages N pfns-sha256 HEX first PFN,PFN,...
  *
- *	memfd-pages --create SIZE [--seed N] [--name X] [-- CMD...]
+ *	memfd-pages --runs
+ *		Of the same descriptors only how their pages lie, which takes less long:
+ *
+ *		NAME runs N
+ *
+ *	memfd-pages --create SIZE [--seed N] [--name X] [--huge] [--gap N] [-- CMD...]
  *		A memfd of SIZE bytes (suffix K, M, G) with bytes that follow from the seed, as
  *		descriptor 3, and CMD run with LISTEN_FDS=1. Without CMD: its line. The line of a
  *		memfd that khod has taken says more than one from before, since preserving may
  *		move pages out of the next kernel's way:
  *
  *		memfd-pages --create 8M -- sh -c 'khoctl register vm --fd 3 && memfd-pages'
+ *
+ *		--huge asks for huge pages, small ones otherwise. With --gap N the physical page after every N
+ *		is one of another memfd, which CMD has as another descriptor for as long as it runs.
  *
  * Every page is touched first, then read from /proc/self/pagemap, which needs root.
  */
@@ -119,7 +127,53 @@ static void print_fd(int fd, const char *name)
 		munmap(map, n * page);
 }
 
-static int print_passed(void)
+static int compare(const void *a, const void *b)
+{
+	const uint64_t *x = a, *y = b;
+
+	return (*x > *y) - (*x < *y);
+}
+
+/* How many runs of consecutive physical pages there are. */
+static void print_runs(int fd, const char *name)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE), n, size, done = 0, runs = 0;
+	const volatile unsigned char *map;
+	struct stat st;
+	uint64_t *pfns;
+	int pagemap;
+
+	if (fstat(fd, &st) < 0)
+		die(name);
+	n = ((size_t)st.st_size + page - 1) / page;
+	size = n * sizeof(*pfns);
+	map = mmap(NULL, n * page, PROT_READ, MAP_SHARED, fd, 0);
+	pfns = malloc(size);
+	if (map == MAP_FAILED || !pfns)
+		die(name);
+	for (size_t i = 0; i < n; i++)
+		(void)map[i * page];
+	pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (pagemap < 0)
+		die("/proc/self/pagemap");
+	while (done < size) {
+		ssize_t r = pread(pagemap, (char *)pfns + done, size - done,
+				  (off_t)((uintptr_t)map / page * sizeof(*pfns) + done));
+
+		if (r <= 0)
+			die("/proc/self/pagemap");
+		done += (size_t)r;
+	}
+	qsort(pfns, n, sizeof(*pfns), compare);
+	for (size_t i = 0; i < n; i++)
+		runs += i == 0 || pfns[i] != pfns[i - 1] + 1;
+	printf("%s runs %zu\n", name, runs);
+	close(pagemap);
+	free(pfns);
+	munmap((void *)map, n * page);
+}
+
+static int print_passed(void (*print)(int, const char *))
 {
 	const char *count = getenv("LISTEN_FDS"), *list = getenv("LISTEN_FDNAMES");
 	char *names = strdup(list ? list : ""), *next = names;
@@ -136,35 +190,57 @@ static int print_passed(void)
 			snprintf(fallback, sizeof(fallback), "fd%d", 3 + i);
 			name = fallback;
 		}
-		print_fd(3 + i, name);
+		print(3 + i, name);
 	}
 	free(names);
 	return EXIT_SUCCESS;
 }
 
-static int create(uint64_t size, uint64_t seed, const char *name)
+static unsigned char *map_shared(int fd, size_t size, int advice)
 {
-	uint64_t *map;
-	int fd;
+	void *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	if (map == MAP_FAILED)
+		die("mmap");
+	/* A kernel without huge pages knows neither advice. */
+	if (madvise(map, size, advice) < 0 && advice == MADV_HUGEPAGE)
+		die("madvise");
+	return map;
+}
+
+static int create(uint64_t size, uint64_t seed, const char *name, bool huge, uint64_t gap)
+{
+	size_t page = (size_t)sysconf(_SC_PAGESIZE), n = size / page, holes_size = 0;
+	unsigned char *map, *holes = NULL;
+	int fd, other;
 
 	fd = memfd_create(name, MFD_ALLOW_SEALING | MFD_EXEC);
 	if (fd < 0 && errno == EINVAL)
 		fd = memfd_create(name, MFD_ALLOW_SEALING);
 	if (fd < 0 || ftruncate(fd, (off_t)size) < 0)
 		die("memfd");
-	if (size > 0) {
-		map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-		if (map == MAP_FAILED)
-			die("mmap");
-		/* xorshift64: every page differs, none is zero */
-		for (uint64_t i = 0, x = seed * 2 + 1; i < size / 8; i++) {
-			x ^= x << 13;
-			x ^= x >> 7;
-			x ^= x << 17;
-			map[i] = x;
-		}
-		munmap(map, size);
+	if (size == 0)
+		return fd;
+	if (gap > 0) {
+		holes_size = (n / gap + 1) * page;
+		other = memfd_create("holes", 0);
+		if (other < 0 || ftruncate(other, (off_t)holes_size) < 0)
+			die("holes");
+		holes = map_shared(other, holes_size, MADV_NOHUGEPAGE);
 	}
+	map = map_shared(fd, size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	/* xorshift64: every page differs, none is zero */
+	for (uint64_t i = 0, x = seed * 2 + 1; i < size / 8; i++) {
+		x ^= x << 13;
+		x ^= x >> 7;
+		x ^= x << 17;
+		memcpy(map + i * 8, &x, 8);
+		if (gap > 0 && (i + 1) % (gap * page / 8) == 0)
+			holes[i / (gap * page / 8) * page] = 1;
+	}
+	munmap(map, size);
+	if (holes)
+		munmap(holes, holes_size);
 	return fd;
 }
 
@@ -197,11 +273,14 @@ int main(int argc, char **argv)
 		{ "create", required_argument, NULL, 'c' },
 		{ "seed", required_argument, NULL, 's' },
 		{ "name", required_argument, NULL, 'n' },
+		{ "huge", no_argument, NULL, 'h' },
+		{ "gap", required_argument, NULL, 'g' },
+		{ "runs", no_argument, NULL, 'r' },
 		{},
 	};
-	uint64_t size = 0, seed = 1;
+	uint64_t size = 0, seed = 1, gap = 0;
+	bool make = false, huge = false, runs = false;
 	const char *name = "memfd";
-	bool make = false;
 	int c, fd;
 
 	while ((c = getopt_long(argc, argv, "+", options, NULL)) >= 0) {
@@ -216,14 +295,23 @@ int main(int argc, char **argv)
 		case 'n':
 			name = optarg;
 			break;
+		case 'h':
+			huge = true;
+			break;
+		case 'g':
+			gap = strtoull(optarg, NULL, 10);
+			break;
+		case 'r':
+			runs = true;
+			break;
 		default:
 			return 2;
 		}
 	}
 	if (!make)
-		return print_passed();
+		return print_passed(runs ? print_runs : print_fd);
 
-	fd = create(size, seed, name);
+	fd = create(size, seed, name, huge, gap);
 	if (fd != 3) {
 		if (dup2(fd, 3) < 0)
 			die("dup2");
@@ -233,7 +321,7 @@ int main(int argc, char **argv)
 	    unsetenv("LISTEN_PID") < 0)
 		die("setenv");
 	if (optind == argc)
-		return print_passed();
+		return print_passed(print_fd);
 	execvp(argv[optind], argv + optind);
 	die(argv[optind]);
 }

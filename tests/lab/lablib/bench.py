@@ -11,6 +11,7 @@ guest has two CPUs: on one, what systemd starts side by side comes one after the
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
 shapes       preserved memory by itself, see bench_memory.py
 goals        the same for what has a goal, patched alone
+custody      the same in khod under systemd, until khod is ready and devices are swapped
 noiommu, vtd a handover of a device beside its cold set-up, see bench_device.py
 replace      its moves from one HWPT to another beside those of the unpatched driver
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
@@ -20,7 +21,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
 import subprocess
 import time
 
-from . import bench_device, bench_memory, bench_restore, kernel, stats, timeline
+from . import bench_custody, bench_device, bench_memory, bench_restore, kernel, stats, timeline
 from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
@@ -85,7 +86,7 @@ PAIRS = {
 }
 
 PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "goals": bench_memory.only_goals,
-         "noiommu": bench_device.noiommu, "vtd": bench_device.vtd,
+         "custody": bench_custody.main, "noiommu": bench_device.noiommu, "vtd": bench_device.vtd,
          "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
 

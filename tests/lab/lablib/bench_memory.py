@@ -23,8 +23,8 @@ GIB = 1024
 # Small ones first: if the time is short they have more rounds.
 SHAPES = (Shape(0), Shape(256, huge=True), Shape(256), Shape(256, "hole"), Shape(256, "second"),
           Shape(GIB, huge=True), Shape(GIB), Shape(GIB, "hole"), Shape(GIB, "second"),
-          Shape(0, large=True), Shape(8 * GIB, huge=True), Shape(8 * GIB), Shape(4 * GIB, huge=True), Shape(4 * GIB),
-          Shape(4 * GIB, "second"), Shape(4 * GIB, "hole"))
+          Shape(0, large=True), Shape(8 * GIB, huge=True), Shape(8 * GIB), Shape(4 * GIB, huge=True),
+          Shape(4 * GIB), Shape(4 * GIB, "second"), Shape(4 * GIB, "hole"))
 UNPATCHED_MAX = {"contig": 8 * GIB, "hole": GIB, "second": 256}
 ROUNDS, GOAL_ROUNDS = 3, 6
 KINDS = ("unpatched", "patched")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""make bench, part `custody`: what memory in khod's custody adds to a handover, under systemd.
+
+The shapes of bench_memory.py, on the unpatched and the patched kernel, and on the patched one
+with a NIC beside the memory, which is a workload of its own (what devices pay for memory that
+they reach is bench_device.py's). Each kexec has a guest of its own, one at a time. Times are by the
+host's clock, from the request (`systemctl kexec`) on, with the memory preserved before, but for
+`register`, which is khod taking it and preserving it.
+"""
+
+import json
+import os
+import re
+import time
+
+from . import bench_memory, kernel, nic
+from .bench_memory import RESULTS, SHAPES, UNPATCHED_MAX
+from .common import LabError, say
+from .images import full_image
+from .qemu import VM
+
+TOOLS = "/usr/lib/khod/tests"
+ROUNDS = 3
+TIMEOUT = 600
+KINDS = ("unpatched", "patched", "with a device")
+MARKS = (("kernel", r"Starting new kernel"), ("console", r"console \[ttyS0\] enabled"),
+         ("init", r"Run /\S+ as init process"))
+READY, SWAPPED = r"khod\[\d+\]: khod \S+ is ready", r"khod\[\d+\]: Workload nic is restored"
+COLUMNS = ("register", *(name for name, _ in MARKS), "devices swapped", "khod ready")
+GAPS = {"contig": "", "hole": "--gap 99", "second": "--gap 1"}
+
+
+def register(vm, shape) -> dict:
+    """khod takes a memfd of @shape; whoever has the pages between its own goes with the kexec."""
+    if shape.huge:
+        vm.run("echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    made = f"--create {shape.mib}M {'--huge' if shape.huge else ''} {GAPS[shape.pattern]}"
+    vm.run("systemd-run --quiet --unit=bench -p StandardOutput=file:/run/bench "
+           f"-p StandardError=file:/run/bench {TOOLS}/memfd-pages {made} -- sh -c "
+           "'cat /proc/uptime; khoctl register bench --fd 3 && cat /proc/uptime && "
+           f"{TOOLS}/memfd-pages --runs && exec sleep infinity'")
+    vm.run("while systemctl -q is-active bench && ! grep -q runs /run/bench; do sleep 0.2; done", TIMEOUT)
+    said = vm.run("cat /run/bench").out
+    runs, uptimes = re.search(r"runs (\d+)", said), re.findall(r"^(\d+\.\d+) ", said, re.M)
+    if not runs:
+        raise LabError(f"{shape}: khod did not take the memory: {said}")
+    return {"register": float(uptimes[1]) - float(uptimes[0]), "runs": int(runs[1])}
+
+
+def handover(build, shape, device) -> dict:
+    """One `systemctl kexec` with @shape in khod; times by COLUMNS, and runs."""
+    devices = {"devices": ["e1000e"], "append": "lab.nic"} if device else {}
+    with VM(build, full_image(), name="bench-custody", cpus=2, memory=bench_memory.guest_memory(shape),
+            prealloc=True, **devices) as vm:
+        vm.ready()
+        if device:
+            nic.wait_running(vm)
+        got = register(vm, shape) if shape.mib else {"runs": 0}
+        vm.load()
+        start, since = len(vm.console.lines), len(vm.journal.lines)
+        vm.mark = start
+        vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
+        # The agent is asked afterwards: it takes part in no boot that is measured.
+        ready = vm.journal.wait(READY, since, time.monotonic() + TIMEOUT, vm.alive)
+        if ready is None:
+            vm.hang(f"khod was not ready after systemctl kexec ({shape})")
+        vm.next_boot("systemctl kexec")
+        if shape.mib and not re.search(r"^bench\b.*\bheld\b", vm.run("khoctl list").out, re.M):
+            raise LabError(f"{shape}: khod lost the memory; see {vm.dir}")
+        at = vm.console.find("lab: kexec requested", start)
+        begin = vm.console.lines[at].when
+        for name, pattern in MARKS:
+            at = vm.console.find(pattern, at)
+            got[name] = vm.console.lines[at].when - begin
+        got["khod ready"] = vm.journal.lines[ready].when - begin
+        if device:
+            got["devices swapped"] = vm.journal.lines[vm.journal.find(SWAPPED, since)].when - begin
+        return got
+
+
+def measure(shape, builds, kinds) -> dict:
+    """One handover of each of @kinds that can do it."""
+    got = {}
+    for kind in kinds:
+        if kind == "unpatched" and shape.mib > UNPATCHED_MAX[shape.pattern]:
+            continue
+        got[kind] = handover(builds[kind == "unpatched"], shape, kind == "with a device")
+        say(f"{shape}, {kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in got[kind].items() if k != "runs"))
+    return got
+
+
+def main(limit, seconds) -> None:
+    """docs/results/custody.md and .json; at most @limit rounds (ROUNDS), no shape begun after @seconds."""
+    builds = (kernel.build("minimal"), kernel.build("minimal", unpatched=True))
+    results, start = {}, time.monotonic()
+    for n in range(min(limit, ROUNDS)):
+        for shape in SHAPES:
+            if time.monotonic() - start > seconds:
+                break
+            results.setdefault(str(shape), []).append(
+                measure(shape, builds, KINDS if n % 2 == 0 else KINDS[::-1]))
+    text = "\n".join(bench_memory.row(s, results[str(s)], KINDS, COLUMNS, ("khod ready",))
+                     for s in SHAPES if str(s) in results)
+    print(text, flush=True)
+    (RESULTS / "custody.md").write_text(
+        f"# bench: custody\n\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, TCG, "
+        f"{(time.monotonic() - start) / 60:.0f} minutes. Times in seconds, by the host's clock, from the "
+        "request on; register (khod takes the memory and preserves it) by the guest's.\n\n"
+        f"```\n{text.strip()}\n```\n")
+    (RESULTS / "custody.json").write_text(json.dumps(results, indent=1) + "\n")
