@@ -87,6 +87,22 @@ Test(khoctl, policies)
 	must(0, "2 workloads preserved: the next kexec carries them.", "K preserve");
 	must(0, "", "K abort");
 	must(0, "held", "K list");
+	must(0, "if a restore fails: release", "K register vm3 f --on-failure release; K show vm3");
+	must(0, "\"restore_failure\": \"release\"", "K show vm3 --json");
+	must(2, "--on-failure is quiesce or release", "K register vm4 f --on-failure keep");
+}
+
+Test(khoctl, owners)
+{
+	must(2, "there is no user 'no such'", "K claim --of 'no such' vm1 --discard");
+	must(2, "there is no user '12x'", "K release --of 12x vm1");
+	must(0, "held", "echo text > f; K register vm1 f");
+	must(1, geteuid() == 0 ? "it belongs to uid 0" : "only root may have it as another user's",
+	     "K release --of 12345 vm1");
+	if (geteuid() != 0)
+		return;
+	must(0, "vm1 is of uid 0", "K claim --of root vm1 --keep -o -");
+	must(0, "vm1: released", "K release --of 0 vm1");
 }
 
 Test(khoctl, life)
