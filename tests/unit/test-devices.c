@@ -820,6 +820,8 @@ static void must_claim_nothing(void)
 /* With @fault khod is killed there first. */
 static void released(const char *fault)
 {
+	size_t fds = 0;
+
 	registered_to_release();
 	sim_kexec(sim);
 	simdev_refuse_replace(sim_lock_devices(sim), "0000:02:00.0");
@@ -834,6 +836,11 @@ static void released(const char *fault)
 		/* Only the image is left. */
 		cr_assert(sim_preserved(sim) == 1 && sim_store_memfds(sim) == 0, "%zu\n%s",
 			  sim_preserved(sim), sim_log(sim));
+		/* Nor is it open in khod: a restart has as many descriptors. */
+		if (i == 0)
+			fds = sim_khod_fds(sim);
+		cr_assert(i > 1 || sim_khod_comes_to_fds(sim, fds), "%zu descriptors, after a restart %zu", fds,
+			  sim_khod_fds(sim));
 		if (i == 2)
 			break;
 		must_stop(sim);
