@@ -230,6 +230,23 @@ int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_
 	return r;
 }
 
+/*
+ * After the last close of our own: PID 1 closes what it takes out of its store a little later than
+ * it says so. A session is gone when another one can have its name.
+ */
+static void session_await_end(struct khod *k, const char *session)
+{
+	for (int try = 0; session[0] && try < 100; try++) {
+		int fd = kho_luo_session_create(k->kho, session, NULL);
+
+		if (fd >= 0)
+			kho_close(k->kho, fd);
+		if (fd != -EEXIST && fd != -EBUSY)
+			return;
+		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
+	}
+}
+
 static uint64_t now_usec(void)
 {
 	struct timespec ts;
@@ -551,6 +568,7 @@ static int session_discard(struct khod *k, struct workload *w, struct kho_error 
 		return r;
 	FAULT(ABORT_REMOVED);
 	w->session = kho_close(k->kho, w->session);
+	session_await_end(k, w->session_name);
 	FAULT(ABORT_CLOSED);
 	return 0;
 }
@@ -803,10 +821,11 @@ int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 		 struct kho_error **err)
 {
-	char name[KHO_NAME_MAX + 1];
+	char name[KHO_NAME_MAX + 1], session[KHO_LUO_NAME_MAX];
 	int r;
 
 	strcpy(name, w->name);
+	strcpy(session, w->session_name);
 	if (how == CUSTODY_CLAIMED)
 		FAULT(CLAIM_ACKED);
 	else
@@ -825,6 +844,7 @@ int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 			FAULT(RELEASE_REMOVED);
 	}
 	workload_free(k, w);
+	session_await_end(k, session);
 	if (how == CUSTODY_CLAIMED)
 		timeline_claimed(k, name);
 	if (how == CUSTODY_CLAIMED)

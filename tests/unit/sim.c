@@ -901,9 +901,14 @@ void sim_without_handler(struct sim *s, const char *workload)
 
 size_t sim_preserved(struct sim *s)
 {
+	settle(s);
+	return sim_preserved_now(s);
+}
+
+size_t sim_preserved_now(struct sim *s)
+{
 	size_t n = 0;
 
-	settle(s);
 	pthread_mutex_lock(&s->lock);
 	for (int i = 0; i < MAX_SESSIONS; i++)
 		n += s->sessions[i].used ? s->sessions[i].n_tokens : 0;

@@ -52,6 +52,8 @@ void sim_close_late(struct sim *s, unsigned int msec);
 void sim_without_handler(struct sim *s, const char *workload);
 /* What all sessions together hold: files, images. */
 size_t sim_preserved(struct sim *s);
+/* The same at this moment, whatever is under way. */
+size_t sim_preserved_now(struct sim *s);
 
 /* khod must not run. PID 1 hands its store over, the kernel its outgoing sessions. */
 void sim_kexec(struct sim *s);

@@ -437,6 +437,8 @@ Test(custody, closed_a_moment_later)
 		} else {
 			must_claim(s, "vm1", &f);
 		}
+		/* What has been told is true: it is not preserved any more. */
+		cr_assert(sim_preserved_now(s) == 0, "%zu", sim_preserved_now(s));
 	}
 	must_register(s, "vm1", &f);
 	must_claim(s, "vm1", &f);
