@@ -263,11 +263,22 @@ def counted(vm, path, sent):
         time.sleep(0.5)
 
 
+def refused_in_one_failure_domain(vm):
+    """What 'pair' has cannot be part of a second workload, be it of the same user: named, one by one."""
+    for kind, name in (("memfd", "memory"), ("iommufd", "iommufd"), ("vfio", "device")):
+        r = vm.run(f"/usr/lib/khod/tests/borrow $(systemctl show -P MainPID lab-pair) {kind} -- "
+                   "/usr/sbin/runuser -u daemon -- khoctl register second --fd 3 --fd-name mine", check=False)
+        expect(r.status == 1 and f"it is '{name}' of workload pair; what shares it is one failure domain" in r.err,
+               f"{kind}: {r.status}: {r.err}")
+    expect("second" not in vm.run("khoctl list").out, "refused, and listed")
+
+
 @test(part="nic", kernels=A_AND_B)
 def several_workloads_of_different_users(ctx):
     """Three users' over two kexecs: claimed at once, late, and not before the third kernel.
 
-    One has two devices on one IOAS, under a page table of its own and under the automatic one.
+    One has two devices on one IOAS, under a page table of its own and under the automatic one; a
+    second workload with what is in its failure domain is refused before each kexec.
     """
     with ctx.vm(memory="1G", machine="vtd-scalable", devices=["e1000e"] * 4, append="lab.nic",
                 trace=nic.EVENTS) as vm:
@@ -278,6 +289,7 @@ def several_workloads_of_different_users(ctx):
         senders = [Sender(s, 200, vm.dir / f"sent{i}") for i, s in enumerate(vm.senders)]
         time.sleep(2)
         for round_ in (1, 2):
+            refused_in_one_failure_domain(vm)
             vm.kexec(ctx.kernel(release="-b" if round_ == 1 else ""))
             khod.settled()
             nic.wait_running(vm, 180)
