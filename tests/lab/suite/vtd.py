@@ -39,8 +39,9 @@ class Replaces:
         said, got = run.lines("REPLACED"), run.result()
         expect(said, f"the replaces did not come to their end; see {run.vm.dir}")
         self.hitless = bool(run.lines("hitless 1"))
-        self.count, milliseconds, self.each = (
-            float(re.search(rf"{k}=([\d.]+)", said[0]).group(1)) for k in ("n", "ms", "replace_us"))
+        self.count, self.each, self.median = (
+            float(re.search(rf"\b{k}=([\d.]+)", said[0]).group(1))
+            for k in ("n", "replace_us", "median_us"))
         # By the host's clock
         begin, end = run.lines("REPLACING")[0].when, said[0].when
         self.meanwhile = run.dma(begin + run.offset, end + run.offset)
