@@ -9,7 +9,7 @@
 #include <sys/mount.h>
 
 /* The first property of eight bytes of KHO's device tree: where the map of memory is. */
-static uint64_t kho_map(const uint8_t *fdt, uint32_t size)
+static uint64_t find_map(const uint8_t *fdt, uint32_t size)
 {
 	uint32_t at = be32toh(*(uint32_t *)(fdt + 8));
 
@@ -34,13 +34,34 @@ static uint64_t kho_map(const uint8_t *fdt, uint32_t size)
 	return 0;
 }
 
-/* Every page of memory below 1 GiB that begins like @fdt. */
-static void damage_fdt(int mem_fd, const uint8_t *fdt)
+static void read_fdt(uint8_t *fdt, size_t size)
 {
+	int fd;
+
+	mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL);
+	fd = open("/sys/kernel/debug/kho/out/fdt", O_RDONLY);
+	check(read(fd, fdt, size), "KHO's FDT");
+	close(fd);
+}
+
+/* The physical address of the root of KHO's map of memory, for the next kernel. */
+uint64_t kho_map(void)
+{
+	uint8_t fdt[8192] = {};
+
+	read_fdt(fdt, sizeof(fdt));
+	return find_map(fdt, sizeof(fdt));
+}
+
+/* Every page of memory below 1 GiB that begins like KHO's FDT. */
+static void damage_fdt(int mem_fd)
+{
+	uint8_t fdt[40];
 	static const uint8_t nothing[40];
 	uint8_t page[40];
 	int n = 0;
 
+	read_fdt(fdt, sizeof(fdt));
 	for (off_t at = 1 << 20; at < 1 << 30; at += 4096) {
 		if (pread(mem_fd, page, sizeof(page), at) != sizeof(page) ||
 		    memcmp(page, fdt, sizeof(page)))
@@ -150,7 +171,6 @@ static bool all_damaged(void)
 
 void damage_first(void)
 {
-	uint8_t fdt[8192] = {};
 	int fd;
 
 	load_kernel(2, 0, "");
@@ -160,9 +180,7 @@ void damage_first(void)
 	else
 		preserve_all();
 	run_for(0.5);
-	check(mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL), "debugfs");
-	fd = open("/sys/kernel/debug/kho/out/fdt", O_RDONLY);
-	check(read(fd, fdt, sizeof(fdt)), "KHO's FDT");
+	mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL);
 	fd = open("/dev/mem", O_RDWR);
 	check(fd, "/dev/mem");
 	if (!strcmp(mode->name, "domains"))
@@ -170,9 +188,9 @@ void damage_first(void)
 	else if (!all_damaged())
 		damage_records(fd, mode->name);
 	else if (!strcmp(mode->name, "fdt"))
-		damage_fdt(fd, fdt);
+		damage_fdt(fd);
 	else
-		damage_map(fd, kho_map(fdt, sizeof(fdt)));
+		damage_map(fd, kho_map());
 	do_kexec();
 	die("kexec");
 }

@@ -222,8 +222,10 @@ void __attribute__((noreturn)) power_off(void);
 void first(bool irq);
 void run_for(double seconds);
 void run_until_quiet(double quiet);
+void __attribute__((noreturn)) finish_run(void);
 
 /* damage.c */
+uint64_t kho_map(void);
 void damage_first(void);
 void damage_next(int stage);
 
@@ -247,9 +249,6 @@ struct mode {
 	bool reversed;	/* retrieve the device first and the memfd last */
 };
 
-void set_deadline(uint32_t ms);
-void __attribute__((noreturn)) deadline_next(int stage);
-
 /* modules.c */
 void modules_start(int stage);
 void modules_first(void);
@@ -257,6 +256,26 @@ void modules_waiting(void);
 void modules_late_waiting(void);
 void modules_never_first(void);
 void __attribute__((noreturn)) modules_never_next(int stage);
+
+/* counts.c: pages that are in use for what a handover uses them for */
+struct counts {
+	long preserved;		/* by KHO */
+	long pinned;
+	long tables;		/* of an IOMMU */
+	long files;		/* of memfds */
+};
+struct counts count_pages(void);
+void check_counts(const struct counts *before);
+
+/* faults.c */
+void faults_preserve_first(void);
+void faults_boot_first(void);
+void faults_boot_next(int stage);
+
+void set_deadline(uint32_t ms);
+bool dma_goes_on(void);
+void __attribute__((noreturn)) deadline_next(int stage);
+void __attribute__((noreturn)) quiesced(void);
 
 const struct mode *find_mode(const char *name);
 extern const struct mode *mode;

@@ -231,6 +231,16 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	say("BACK");
 }
 
+/* Let the sender stop, take what is on its way, and say what it was. */
+void finish_run(void)
+{
+	say("STOP");
+	stopping = true;
+	run_until_quiet(3);
+	driver->report();
+	power_off();
+}
+
 static void handover(int stage, int left, bool claimed)
 {
 	load_kernel(stage + 1, left - 1, param("dma.next", ""));
@@ -267,11 +277,7 @@ static void run(int stage, int left, bool irq, bool fill)
 	if (left > 0 && !mode->stays)
 		handover(stage, left, claim);
 
-	say("STOP");
-	stopping = true;
-	run_until_quiet(3);
-	driver->report();
-	power_off();
+	finish_run();
 }
 
 static void find_driver(const char *name)

@@ -27,7 +27,7 @@ struct vfio_device_feature_liveupdate {
 #endif
 
 /* The device does nothing any more; memory that it could reach may be used by others. */
-static void __attribute__((noreturn)) quiesced(void)
+void __attribute__((noreturn)) quiesced(void)
 {
 	say("QUIESCED");
 	fill_memory();
@@ -131,10 +131,10 @@ static void abort_first(void)
 	verdict(ret == 0, "attach after abort", ret);
 }
 
-/* Within a second, on a host that may be busy. */
-static bool dma_goes_on(void)
+/* Within ten seconds, on a host that may be busy. */
+bool dma_goes_on(void)
 {
-	for (int i = 0; i < 200; i++) {
+	for (int i = 0; i < 2000; i++) {
 		if (driver->take(true))
 			return true;
 		usleep(5000);
@@ -956,6 +956,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "moduleslate", .first = modules_first, .waiting = modules_late_waiting,
 		  .unbound = ENOENT },
 		{ .name = "modulesnever", .first = modules_never_first, .next = modules_never_next },
+		{ .name = "faultspreserve", .first = faults_preserve_first, .stays = true },
+		{ .name = "faultsboot", .first = faults_boot_first, .next = faults_boot_next },
 		{ .name = "unplugold", .first = unplugold_first, .stays = true },
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },

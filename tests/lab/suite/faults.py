@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every allocation of preserving a real device fails once, and each step of early boot.
+
+The guest's half is guest/dma-guest/faults.c.
+"""
+
+import re
+from collections import Counter
+
+from lablib.check import expect, test
+from .dma import Run
+
+KERNEL = (("faults", False, ""),)
+
+# In a stack dump: the allocators, above the function that asked for memory.
+FRAME = re.compile(r"\]  +([\w.]+)\+0x[0-9a-f]+/")
+ALLOCATOR = re.compile(r"dump_stack|fail_dump|_*should_fail|_*(do_)?k[vmzc]*alloc|_*kmem_cache|_*kv?realloc|"
+                       r"_*kmemdup|_*(prepare_)?alloc_|_*get_(free|zeroed)_page|_*folio_alloc")
+
+
+def points(console):
+    """The functions in which an allocation failed, with how often."""
+    found, inside = Counter(), False
+    for line in console:
+        m = FRAME.search(line)
+        if "forcing a failure" in line:
+            inside = True
+        elif inside and m and not ALLOCATOR.match(m.group(1)):
+            found[m.group(1)] += 1
+            inside = False
+    return found
+
+
+def swept(run, names):
+    """How many points each step had, and in which functions an allocation failed."""
+    found = {m.group(1): m.group(2) for x in run.lines("SWEPT")
+             if (m := re.search(r"SWEPT (\S+) points=(\d+( of \d+)?)", x))}
+    expect(sorted(found) == sorted(names), f"not swept: {set(names) ^ set(found)}")
+    idle = [k for k, v in found.items() if v == "0"]
+    expect(not idle, f"nothing failed in {idle}: {found}")
+    return found
+
+
+def show(ctx, run, found):
+    where = points(list(run.vm.console.lines))
+    ctx.figure("points", ", ".join(f"{k} {v}" for k, v in found.items()))
+    ctx.figure("injected", f"{sum(where.values())} failures in {len(where)} functions: "
+                           + " ".join(sorted(where)))
+
+
+PRESERVE = ("create-session", "preserve-memfd", "preserve-iommufd", "preserve-device")
+
+
+@test()
+def every_allocation_of_preserving_fails_once(ctx):
+    """Each ends in an error, after which DMA goes on and preserving can be tried again."""
+    run = Run(ctx, mode="faultspreserve", kexecs=0)
+    run.no_packet_lost()
+    expect(run.lines("ok counts"), "pages were not counted")
+    show(ctx, run, swept(run, PRESERVE))
+
+
+@test(part="faults", kernels=KERNEL)
+def every_allocation_and_page_of_preserving_fails_once(ctx):
+    """The same where pages fail, too; no leak."""
+    run = Run(ctx, mode="faultspreserve", kexecs=0, kernel=ctx.kernel("faults"))
+    run.no_packet_lost()
+    expect(run.lines("ok counts") and run.lines("ok leaks"), "leaks were not looked for")
+    show(ctx, run, swept(run, PRESERVE))
+
+
+# By luo_restore_fail(), with all of the memory still reserved.
+PANIC = "Kernel panic - not syncing: The incoming tree failed to initialize"
+
+
+def boot_with(ctx, step, machine):
+    """The end of a handover to a kernel in which @step of its early boot fails.
+
+    Returns the steps that kernel went through, if it came so far, and the end: the device goes
+    on, is quiesced, or the kernel panics.
+    """
+    run = Run(ctx, mode="faultsboot", rate=200, options=f"dma.next=liveupdate_test_fail={step}",
+              machine=machine, arguments=("-no-reboot",))
+    steps = [x.split("STEP ")[1] for x in run.lines("STEP ")]
+    if run.vm.console.find(PANIC) is not None:
+        return steps, "panic"
+    expect(steps, f"the guest came to no end; see {run.vm.dir}")
+    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    if run.lines("QUIESCED"):
+        at = run.lines("QUIESCED")[0].when + run.offset
+        expect(not run.dma(at + 0.1, at + 2.5), "packets were written after the device was quiesced")
+        expect(run.lines("ok filled memory"), "free memory was not looked at")
+        return steps, "quiesced"
+    run.no_packet_lost()
+    return steps, "goes on"
+
+
+def each_step_fails_once(ctx, machine):
+    """Memory is reserved in many pieces, not always as many: the first will do, and some in between."""
+    steps, end = boot_with(ctx, "none", machine)
+    expect(end == "goes on", f"with nothing failing: {end}")
+    for name, count in Counter(steps).items():
+        for nth in sorted({1, min(2, count), (count + 1) // 2}):
+            now, end = boot_with(ctx, f"{name}:{nth}", machine)
+            expect(end == "panic" or f"{name} fails" in now, f"{name}:{nth} did not fail: {now}")
+            ctx.figure(f"{name} {nth} of {count}", end)
+
+
+@test(part="faults")
+def each_step_of_taking_over_fails_once(ctx):
+    """In early boot: the device goes on, is quiesced, or the kernel stops before memory is used."""
+    each_step_fails_once(ctx, "noiommu")
+
+
+@test(part="faults")
+def each_step_of_taking_over_behind_vtd_fails_once(ctx):
+    each_step_fails_once(ctx, "vtd-scalable")
+
+
+@test(part="faults", kernels=KERNEL)
+def dma_goes_on_if_the_next_kernel_was_loaded_by_kexec_load(ctx):
+    """Which hands nothing over."""
+    Run(ctx, mode="kexecload", kernel=ctx.kernel("faults")).no_packet_lost()
