@@ -64,6 +64,7 @@ enum {
 	IOMMUFD_CMD_GET_HWPT_INFO = 0x99,
 	IOMMUFD_CMD_GET_DEVICE_INFO = 0x9a,
 	IOMMUFD_CMD_IOAS_LIST_AREAS = 0x9b,
+	IOMMUFD_CMD_GET_ATTACH_INFO = 0x9c,
 };
 
 /**
@@ -1846,4 +1847,86 @@ struct iommu_ioas_list_areas {
 };
 
 #define IOMMU_IOAS_LIST_AREAS _IO(IOMMUFD_TYPE, IOMMUFD_CMD_IOAS_LIST_AREAS)
+
+/**
+ * enum iommu_attach_info_type - What IOMMU_GET_ATTACH_INFO tells
+ * @IOMMU_ATTACH_INFO_TYPE_NONE: Nothing: there is no IOMMU for the device, or its
+ *                               driver does not tell
+ * @IOMMU_ATTACH_INFO_TYPE_INTEL_VTD: struct iommu_attach_info_vtd
+ */
+enum iommu_attach_info_type {
+	IOMMU_ATTACH_INFO_TYPE_NONE = 0,
+	IOMMU_ATTACH_INFO_TYPE_INTEL_VTD = 1,
+};
+
+/**
+ * enum iommu_attach_info_vtd_mode - How a VT-d unit translates
+ * @IOMMU_ATTACH_INFO_VTD_LEGACY: In legacy mode, by a second-stage table
+ * @IOMMU_ATTACH_INFO_VTD_SECOND_STAGE: In scalable mode, by a second-stage table
+ * @IOMMU_ATTACH_INFO_VTD_FIRST_STAGE: In scalable mode, by a first-stage table
+ * @IOMMU_ATTACH_INFO_VTD_NESTED: In scalable mode, by a first-stage table whose
+ *                                result a second-stage table translates
+ */
+enum iommu_attach_info_vtd_mode {
+	IOMMU_ATTACH_INFO_VTD_LEGACY = 0,
+	IOMMU_ATTACH_INFO_VTD_SECOND_STAGE = 1,
+	IOMMU_ATTACH_INFO_VTD_FIRST_STAGE = 2,
+	IOMMU_ATTACH_INFO_VTD_NESTED = 3,
+};
+
+/**
+ * struct iommu_attach_info_vtd - Intel VT-d attachment information
+ *                                (IOMMU_ATTACH_INFO_TYPE_INTEL_VTD)
+ * @flags: 0
+ * @unit: The number of the remapping unit, N of dmarN in /sys/class/iommu
+ * @mode: One of enum iommu_attach_info_vtd_mode
+ * @domain_id: The domain identifier (DID), unique within the unit. Devices of
+ *             different units have different ones though they share a HWPT
+ *
+ * Read from the context entry in legacy mode, from the PASID table entry in
+ * scalable mode (VT-d specification, sections 9.3 and 9.6).
+ */
+struct iommu_attach_info_vtd {
+	__u32 flags;
+	__u32 unit;
+	__u32 mode;
+	__u32 domain_id;
+};
+
+/**
+ * struct iommu_attach_info - ioctl(IOMMU_GET_ATTACH_INFO)
+ * @size: sizeof(struct iommu_attach_info)
+ * @flags: Must be 0
+ * @dev_id: The device to look at
+ * @pasid: The PASID, 0 for DMA without PASID
+ * @data_uptr: Pointer to a buffer for what the IOMMU driver tells
+ * @data_len: Input the length in bytes of the buffer, output the length of what
+ *            the kernel has, which can be more
+ * @out_data_type: Type of the data, one of enum iommu_attach_info_type
+ * @out_hwpt_id: The HWPT that is attached
+ * @__reserved: Must be 0
+ *
+ * Tell how the IOMMU translates DMA of a device at the moment, in the terms of the
+ * hardware. These are what traces and dumps of the IOMMU's tables show, and they can
+ * be others after each replace. It is for people: what a HWPT can do is told by
+ * IOMMU_GET_HWPT_INFO, what the IOMMU can do by IOMMU_GET_HW_INFO.
+ *
+ * The buffer is filled as far as it goes, and zeroed behind the data.
+ *
+ * Return -ENOENT if nothing is attached, or if the device is blocked in spite of an
+ * attachment.
+ */
+struct iommu_attach_info {
+	__u32 size;
+	__u32 flags;
+	__u32 dev_id;
+	__u32 pasid;
+	__aligned_u64 data_uptr;
+	__u32 data_len;
+	__u32 out_data_type;
+	__u32 out_hwpt_id;
+	__u32 __reserved;
+};
+
+#define IOMMU_GET_ATTACH_INFO _IO(IOMMUFD_TYPE, IOMMUFD_CMD_GET_ATTACH_INFO)
 #endif
