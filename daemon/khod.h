@@ -311,6 +311,13 @@ int domain_explain(struct khod *k, const struct kho_image *image, enum kho_file_
  */
 int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct kho_error **err);
 /**
+ * graph_translations() - how devices are translated at the moment, from the kernel into @w's graph
+ * @ask: false: forget it, it is not for the next kernel
+ *
+ * What cannot be found out is not known, and no error: it is for people to see.
+ */
+void graph_translations(struct khod *k, struct workload *w, bool ask);
+/**
  * graph_mapped() - which memfds do the areas of the workload's iommufds map?
  * @mapped: receives it, one per file of the image; false for all if it has no graph
  */

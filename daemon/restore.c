@@ -4,6 +4,7 @@
  * next kernel. The work is libkho's (kho_snapshot(), kho_plan_run()); here is which
  * descriptors belong to what.
  */
+#include <fcntl.h>
 #include <string.h>
 
 #include "fault.h"
@@ -129,6 +130,34 @@ int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct k
 		return r;
 	(void)TAKE_PTR(g);
 	return 0;
+}
+
+static int open_iommufd(struct khod *k, const struct workload *w, uint64_t token)
+{
+	if (w->fds)
+		return kho_op(k->kho, fcntl, fd_by_token(w->image, w->fds, token), F_DUPFD_CLOEXEC, 3);
+	/* One that is to be given up is not touched any more. */
+	return w->state == WORKLOAD_HELD ? kho_luo_retrieve(k->kho, w->session, token, NULL) : -EIO;
+}
+
+void graph_translations(struct khod *k, struct workload *w, bool ask)
+{
+	const struct kho_graph *g = w->image ? kho_image_graph(w->image) : NULL;
+
+	for (size_t i = 0; g && i < g->n_contexts; i++) {
+		const struct kho_context *c = &g->contexts[i];
+		int fd = ask ? open_iommufd(k, w, c->token) : -1;
+
+		for (size_t j = 0; j < c->n_devices; j++) {
+			struct kho_device *d = &c->devices[j];
+
+			d->translation = (struct kho_translation){};
+			if (fd >= 0)
+				(void)kho_iommufd_translation(k->kho, fd, d->id, &d->translation, NULL);
+		}
+		if (fd >= 0)
+			kho_close(k->kho, fd);
+	}
 }
 
 void graph_mapped(const struct kho_image *image, bool *mapped)

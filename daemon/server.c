@@ -952,7 +952,9 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	}
 	info.files = filep;
 	info.n_files = n;
+	graph_translations(c->k, w, true);
 	fd = w->image ? kho_image_write_public(c->k->kho, w->image, NULL) : -1;
+	graph_translations(c->k, w, false);
 	return send_list(c, serial, &infop, 1, false, fd);
 }
 

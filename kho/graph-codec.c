@@ -111,6 +111,33 @@ static int areas_from_message(const Kho__Image__Areas *a, size_t n_backings,
 	return 0;
 }
 
+static int attachment_to_message(const struct kho_context *c, const struct kho_device *o,
+				 Kho__Image__Device *w, struct kho_error **err)
+{
+	const struct kho_translation *t = &o->translation;
+	Kho__Image__Attachment *a;
+
+	w->attachments = malloc(sizeof(*w->attachments));
+	a = malloc(sizeof(*a));
+	if (!w->attachments || !a) {
+		free(a);
+		return nomem(err);
+	}
+	kho__image__attachment__init(a);
+	a->hwpt_id = c->hwpts[o->hwpt].id;
+	w->attachments[w->n_attachments++] = a;
+	if (t->mode == KHO_TRANSLATION_UNKNOWN)
+		return 0;
+	a->translation = malloc(sizeof(*a->translation));
+	if (!a->translation)
+		return nomem(err);
+	kho__image__translation__init(a->translation);
+	a->translation->mode = t->mode;
+	a->translation->unit = t->unit;
+	a->translation->domain_id = t->domain_id;
+	return 0;
+}
+
 static int context_to_message(const struct kho_graph *graph, const struct kho_context *c,
 			      Kho__Image__Context *m, struct kho_error **err)
 {
@@ -163,7 +190,7 @@ static int context_to_message(const struct kho_graph *graph, const struct kho_co
 	for (i = 0; i < c->n_devices; i++) {
 		const struct kho_device *o = &c->devices[i];
 		Kho__Image__Device *w = m->devices[m->n_devices++] = malloc(sizeof(*w));
-		Kho__Image__Attachment *a;
+		int r;
 
 		if (!w)
 			return nomem(err);
@@ -175,15 +202,9 @@ static int context_to_message(const struct kho_graph *graph, const struct kho_co
 		w->flags = o->noiommu ? DEVICE_NOIOMMU : 0;
 		if (o->hwpt == KHO_NONE)
 			continue;
-		w->attachments = malloc(sizeof(*w->attachments));
-		a = malloc(sizeof(*a));
-		if (!w->attachments || !a) {
-			free(a);
-			return nomem(err);
-		}
-		kho__image__attachment__init(a);
-		a->hwpt_id = c->hwpts[o->hwpt].id;
-		w->attachments[w->n_attachments++] = a;
+		r = attachment_to_message(c, o, w, err);
+		if (r < 0)
+			return r;
 	}
 	return 0;
 }
@@ -231,8 +252,10 @@ static void context_message_free(Kho__Image__Context *m)
 	for (size_t i = 0; i < m->n_devices; i++) {
 		Kho__Image__Device *d = m->devices[i];
 
-		for (size_t k = 0; d && k < d->n_attachments; k++)
+		for (size_t k = 0; d && k < d->n_attachments; k++) {
+			free(d->attachments[k]->translation);
 			free(d->attachments[k]);
+		}
 		if (d)
 			free(d->attachments);
 		free(d);
@@ -253,6 +276,18 @@ void kho_graph_message_free(Kho__Image__Image *m)
 	/* The graph's own. */
 	m->backings = NULL;
 	m->n_backings = 0;
+}
+
+/* A mode that a newer khod knows is not known here. */
+static struct kho_translation translation_from_message(const Kho__Image__Translation *w)
+{
+	if (!w || w->mode > KHO_TRANSLATION_NESTED)
+		return (struct kho_translation){};
+	return (struct kho_translation){
+		.mode = (enum kho_translation_mode)w->mode,
+		.unit = w->unit,
+		.domain_id = w->domain_id,
+	};
 }
 
 static int device_from_message(const Kho__Image__Device *w, const struct kho_context *c,
@@ -281,6 +316,7 @@ static int device_from_message(const Kho__Image__Device *w, const struct kho_con
 			return kho_error_new(err, EINVAL, "graph",
 					     "device %" PRIu32 " is attached to HWPT %" PRIu32 ", which is not there",
 					     w->id, w->attachments[0]->hwpt_id);
+		o->translation = translation_from_message(w->attachments[0]->translation);
 	}
 	return 0;
 }

@@ -215,6 +215,19 @@ static int check_hwpt(const struct kho_context *c, const struct kho_hwpt *h,
 	return 0;
 }
 
+const char *kho_translation_mode_name(enum kho_translation_mode mode)
+{
+	static const char *const names[] = {
+		[KHO_TRANSLATION_UNKNOWN] = "unknown",
+		[KHO_TRANSLATION_LEGACY] = "legacy",
+		[KHO_TRANSLATION_SECOND_STAGE] = "second-stage",
+		[KHO_TRANSLATION_FIRST_STAGE] = "first-stage",
+		[KHO_TRANSLATION_NESTED] = "nested",
+	};
+
+	return names[(size_t)mode < ARRAY_SIZE(names) ? mode : KHO_TRANSLATION_UNKNOWN];
+}
+
 static int check_device(const struct kho_context *c, const struct kho_device *d,
 			struct kho_error **err)
 {

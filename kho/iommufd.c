@@ -104,6 +104,40 @@ int kho_iommufd_hwpt_alloc(struct kho *kho, int iommufd, uint32_t dev_id, uint32
 	return 0;
 }
 
+static const enum kho_translation_mode vtd_modes[] = {
+	[IOMMU_ATTACH_INFO_VTD_LEGACY] = KHO_TRANSLATION_LEGACY,
+	[IOMMU_ATTACH_INFO_VTD_SECOND_STAGE] = KHO_TRANSLATION_SECOND_STAGE,
+	[IOMMU_ATTACH_INFO_VTD_FIRST_STAGE] = KHO_TRANSLATION_FIRST_STAGE,
+	[IOMMU_ATTACH_INFO_VTD_NESTED] = KHO_TRANSLATION_NESTED,
+};
+
+int kho_iommufd_translation(struct kho *kho, int iommufd, uint32_t dev_id,
+			    struct kho_translation *translation, struct kho_error **err)
+{
+	struct iommu_attach_info_vtd vtd = {};
+	struct iommu_attach_info arg = {
+		.size = sizeof(arg),
+		.dev_id = dev_id,
+		.data_uptr = (uintptr_t)&vtd,
+		.data_len = sizeof(vtd),
+	};
+	int r = kho_op(kho, ioctl, iommufd, IOMMU_GET_ATTACH_INFO, &arg);
+
+	*translation = (struct kho_translation){};
+	if (r < 0)
+		return kho_error_new(err, r, NULL,
+				     "cannot read how device %" PRIu32 " is translated: %s", dev_id,
+				     strerror(-r));
+	if (arg.out_data_type == IOMMU_ATTACH_INFO_TYPE_INTEL_VTD &&
+	    vtd.mode < ARRAY_SIZE(vtd_modes))
+		*translation = (struct kho_translation){
+			.mode = vtd_modes[vtd.mode],
+			.unit = vtd.unit,
+			.domain_id = vtd.domain_id,
+		};
+	return 0;
+}
+
 static const char *const reasons[] = {
 	[IOMMU_LIVEUPDATE_BACKING_USER] = "memory that is mapped by address: map a memfd with IOMMU_IOAS_MAP_FILE",
 	[IOMMU_LIVEUPDATE_BACKING_DMABUF] = "a mapped DMABUF, which cannot be carried over: unmap it",

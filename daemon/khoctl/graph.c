@@ -55,6 +55,18 @@ static void print_page_sizes(uint64_t sizes)
 	}
 }
 
+/* ", by dmar0 in legacy mode, domain id 3" */
+static void print_translation(const struct kho_translation *t)
+{
+	if (t->mode == KHO_TRANSLATION_UNKNOWN)
+		return;
+	printf(", by dmar%" PRIu32 " in %s mode", t->unit,
+	       t->mode == KHO_TRANSLATION_LEGACY ? "legacy" : "scalable");
+	if (t->mode != KHO_TRANSLATION_LEGACY)
+		printf(", %s", kho_translation_mode_name(t->mode));
+	printf(", domain id %" PRIu32, t->domain_id);
+}
+
 /* "17, once 4": the client's id where it is another one. */
 static const char *ids(uint32_t id, uint32_t client_id, char buf[40])
 {
@@ -111,6 +123,7 @@ static void print_context(const struct kho_image *image, const struct kho_graph 
 			printf(", %s", file_name(image, o->token));
 		if (o->hwpt != KHO_NONE)
 			printf(", attached to HWPT %" PRIu32, c->hwpts[o->hwpt].id);
+		print_translation(&o->translation);
 		printf("\n");
 	}
 }
@@ -151,6 +164,22 @@ static void json_ioas(struct json *j, const struct kho_image *image, const struc
 	json_close(j, '}');
 }
 
+static void json_translation(struct json *j, const struct kho_translation *t)
+{
+	char unit[16];
+
+	if (t->mode == KHO_TRANSLATION_UNKNOWN) {
+		json_null(j, "translation");
+		return;
+	}
+	snprintf(unit, sizeof(unit), "dmar%" PRIu32, t->unit);
+	json_open(j, "translation", '{');
+	json_string(j, "mode", kho_translation_mode_name(t->mode));
+	json_string(j, "iommu", unit);
+	json_u64(j, "domain_id", t->domain_id);
+	json_close(j, '}');
+}
+
 static void json_context(struct json *j, const struct kho_image *image, const struct kho_graph *g,
 			 const struct kho_context *c)
 {
@@ -185,6 +214,7 @@ static void json_context(struct json *j, const struct kho_image *image, const st
 		json_string(j, "file", o->token ? file_name(image, o->token) : "");
 		json_bool(j, "noiommu", o->noiommu);
 		json_u64(j, "hwpt", o->hwpt == KHO_NONE ? 0 : c->hwpts[o->hwpt].id);
+		json_translation(j, &o->translation);
 		json_close(j, '}');
 	}
 	json_close(j, ']');

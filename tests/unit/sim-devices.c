@@ -66,6 +66,8 @@ struct simdev {
 	int kept_ctx[MAX_CTX];	/* kexec: the new index of an old context + 1 */
 	bool kept_dev[MAX_DEV];
 	char refuse[32];
+	bool vtd;		/* see simdev_set_vtd() */
+	__u32 vtd_mode;
 	char violation[200];
 };
 
@@ -449,6 +451,24 @@ static int device_info(struct simdev *d, struct ctx *c, struct sim_packet *p)
 	return 0;
 }
 
+/* As VT-d's driver tells it; data: what it tells. */
+static int attach_info(struct simdev *d, struct ctx *c, struct sim_packet *p)
+{
+	struct iommu_attach_info *a = (void *)p->arg;
+	struct object *o = a->dev_id < MAX_OBJ ? &c->obj[a->dev_id] : NULL;
+	struct iommu_attach_info_vtd vtd = { .unit = 1, .mode = d->vtd_mode };
+
+	if (!o || o->type != IOMMU_OBJECT_DEVICE || !d->dev[o->dev].hwpt)
+		return -ENOENT;
+	a->out_hwpt_id = d->dev[o->dev].hwpt;
+	vtd.domain_id = 100 + a->out_hwpt_id;
+	a->out_data_type = d->vtd ? IOMMU_ATTACH_INFO_TYPE_INTEL_VTD : IOMMU_ATTACH_INFO_TYPE_NONE;
+	a->data_len = d->vtd ? sizeof(vtd) : 0;
+	memcpy(p->data, &vtd, a->data_len);
+	p->data_size = a->data_len;
+	return 0;
+}
+
 static int list_areas(struct ctx *c, struct sim_packet *p, int fd)
 {
 	struct iommu_ioas_list_areas *a = (void *)p->arg;
@@ -522,6 +542,8 @@ static int ctx_ioctl(struct simdev *d, struct ctx *c, struct sim_packet *p, int 
 		return hwpt_info(c, (void *)p->arg);
 	case IOMMU_GET_DEVICE_INFO:
 		return device_info(d, c, p);
+	case IOMMU_GET_ATTACH_INFO:
+		return attach_info(d, c, p);
 	case IOMMU_IOAS_LIST_AREAS:
 		return list_areas(c, p, fd);
 	case IOMMU_LIVEUPDATE_STATUS:
@@ -854,6 +876,12 @@ const char *simdev_attached(struct simdev *d, const char *name)
 	if (!v || v->ctx < 0 || !v->hwpt)
 		return "none";
 	return d->ctx[v->ctx].obj[v->hwpt].type == IOMMU_OBJECT_HWPT_FROZEN ? "frozen" : "paging";
+}
+
+void simdev_set_vtd(struct simdev *d, __u32 mode)
+{
+	d->vtd = true;
+	d->vtd_mode = mode;
 }
 
 void simdev_refuse_replace(struct simdev *d, const char *name)

@@ -9,6 +9,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <linux/types.h>
 #include <sys/types.h>
 
 #include "sim-wire.h"
@@ -44,6 +45,11 @@ const char *simdev_violation(struct simdev *d);
 bool simdev_running(struct simdev *d, const char *name);
 /* "frozen", "paging", "none": what it is attached to. */
 const char *simdev_attached(struct simdev *d, const char *name);
+/*
+ * From now on the kernel says of all devices that a VT-d unit translates for them, in that
+ * mode (enum iommu_attach_info_vtd_mode), with domain ids that follow from the HWPT's.
+ */
+void simdev_set_vtd(struct simdev *d, __u32 mode);
 /* From now on no replace of that device is found to be equal; "*": of any; "": of none. */
 void simdev_refuse_replace(struct simdev *d, const char *name);
 

@@ -184,6 +184,10 @@ static void copy_out(unsigned long request, const void *before)
 		memcpy((void *)(uintptr_t)((const struct iommu_ioas_list_areas *)before)->entries,
 		       a.data, a.data_size);
 		break;
+	case IOMMU_GET_ATTACH_INFO:
+		memcpy((void *)(uintptr_t)((const struct iommu_attach_info *)before)->data_uptr, a.data,
+		       a.data_size);
+		break;
 	case IOMMU_GET_DEVICE_INFO:
 		memcpy((void *)(uintptr_t)d->attachments, a.data, sizeof(struct iommu_device_attachment));
 		n = a.data_size - sizeof(struct iommu_device_attachment);

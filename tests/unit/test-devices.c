@@ -5,6 +5,8 @@
  * failing once. Whatever happens, the end is one of two: restored, or quiesced with the
  * reason; no device runs without a table, and the memory is there.
  */
+#include <linux/iommufd.h>
+
 #include "machine.h"
 
 #define N_DEV 2
@@ -497,6 +499,74 @@ Test(devices, unequal_tables_are_quiesced)
 	unequal("*", "pci/0000:01:00.0");
 	again();
 	unequal("0000:02:00.0", "pci/0000:02:00.0");
+}
+
+/* What khoctl says of the workload. */
+static const char *shown(const char *options)
+{
+	static char out[65536];
+	char cmd[512];
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "%s --socket %s show vm %s", getenv("KHOCTL"), sim_socket(sim),
+		 options);
+	f = popen(cmd, "r");
+	cr_assert(f);
+	out[fread(out, 1, sizeof(out) - 1, f)] = 0;
+	cr_assert(pclose(f) == 0, "%s: %s", cmd, out);
+	return out;
+}
+
+/* The translation of the first device, and what the image that is handed over has of it. */
+static void translated(__u32 mode, const char *text)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_image *image = NULL;
+	struct kho_client *c;
+	const struct kho_context *ctx;
+
+	simdev_set_vtd(sim_lock_devices(sim), mode);
+	sim_unlock_devices(sim);
+	c = dial(kho, sim);
+	cr_assert(kho_client_show(c, "vm", &w, &image, NULL) == 0);
+	cr_assert(image && kho_image_graph(image));
+	ctx = &kho_image_graph(image)->contexts[0];
+	cr_assert(ctx->n_devices == N_DEV);
+	for (size_t i = 0; i < ctx->n_devices; i++) {
+		const struct kho_device *d = &ctx->devices[i];
+
+		cr_assert(d->translation.mode == KHO_TRANSLATION_UNKNOWN ||
+			  (d->translation.unit == 1 &&
+			   d->translation.domain_id == 100 + ctx->hwpts[d->hwpt].id));
+	}
+	cr_assert_str_eq(kho_translation_mode_name(ctx->devices[0].translation.mode), text);
+	kho_image_free(image);
+	kho_workloads_free(w);
+	kho_client_free(c);
+}
+
+/* It is asked for each time, and does not go along; it is others after a kexec. */
+Test(devices, show_how_they_are_translated)
+{
+	registered();
+	must_start(sim);
+	cr_assert(!strstr(shown(""), "domain id"), "%s", shown(""));
+	cr_assert(strstr(shown("--json"), "\"translation\": null"), "%s", shown("--json"));
+	translated(IOMMU_ATTACH_INFO_VTD_LEGACY, "legacy");
+	cr_assert(strstr(shown(""), ", by dmar1 in legacy mode, domain id 10"), "%s", shown(""));
+	translated(IOMMU_ATTACH_INFO_VTD_NESTED, "nested");
+	translated(IOMMU_ATTACH_INFO_VTD_SECOND_STAGE, "second-stage");
+	must_stop(sim);
+	sim_kexec(sim);
+	must_start(sim);
+	cr_assert(must_rest("translated") == KHO_OUTCOME_RESTORED);
+	translated(IOMMU_ATTACH_INFO_VTD_FIRST_STAGE, "first-stage");
+	cr_assert(strstr(shown(""), ", by dmar1 in scalable mode, first-stage, domain id 1"), "%s",
+		  shown(""));
+	cr_assert(strstr(shown("--json"), "\"mode\": \"first-stage\""), "%s", shown("--json"));
+	/* One that only a newer khod knows */
+	translated(77, "unknown");
+	must_stop(sim);
 }
 
 /* All that is held is ram0, or nothing; why, names what is lost. */

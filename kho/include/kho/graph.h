@@ -98,6 +98,37 @@ struct kho_hwpt {
 };
 
 /**
+ * enum kho_translation_mode - how an IOMMU translates DMA
+ * @KHO_TRANSLATION_UNKNOWN: not asked for, there is no IOMMU, or it does not tell
+ * @KHO_TRANSLATION_LEGACY: VT-d in legacy mode, by a second-stage table
+ * @KHO_TRANSLATION_SECOND_STAGE: VT-d in scalable mode, likewise
+ * @KHO_TRANSLATION_FIRST_STAGE: VT-d in scalable mode, by a first-stage table
+ * @KHO_TRANSLATION_NESTED: VT-d in scalable mode, by a table of either stage
+ */
+enum kho_translation_mode {
+	KHO_TRANSLATION_UNKNOWN = 0,
+	KHO_TRANSLATION_LEGACY = 1,
+	KHO_TRANSLATION_SECOND_STAGE = 2,
+	KHO_TRANSLATION_FIRST_STAGE = 3,
+	KHO_TRANSLATION_NESTED = 4,
+};
+
+/**
+ * struct kho_translation - what an IOMMU does for a device at some moment
+ * @mode: how it translates; if that is unknown there is nothing else
+ * @unit: number of the IOMMU, N of dmarN
+ * @domain_id: by which the IOMMU knows the page table; another one after each replace
+ */
+struct kho_translation {
+	enum kho_translation_mode mode;
+	uint32_t unit;
+	uint32_t domain_id;
+};
+
+/** kho_translation_mode_name() - "legacy" etc.; "unknown" for every other value; static */
+const char *kho_translation_mode_name(enum kho_translation_mode mode);
+
+/**
  * struct kho_device - a device that is bound
  * @id: in the kernel that it was read from
  * @client_id: that its client knows it by
@@ -105,6 +136,8 @@ struct kho_hwpt {
  * @name: bus and name as in sysfs, with a slash between
  * @noiommu: there is no IOMMU for it
  * @hwpt: index of what it is attached to; KHO_NONE
+ * @translation: for people to see, nothing depends on it; unknown unless from
+ *	kho_client_show()
  */
 struct kho_device {
 	uint32_t id;
@@ -113,6 +146,7 @@ struct kho_device {
 	char name[KHO_DEVICE_NAME_MAX + 1];
 	bool noiommu;
 	uint32_t hwpt;
+	struct kho_translation translation;
 };
 
 /**

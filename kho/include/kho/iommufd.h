@@ -103,6 +103,21 @@ int kho_iommufd_hwpt_alloc(struct kho *kho, int iommufd, uint32_t dev_id, uint32
 			   uint32_t flags, uint32_t *hwpt_id, struct kho_error **err);
 
 /**
+ * kho_iommufd_translation() - how does the IOMMU translate DMA of a device now?
+ * @kho: handle
+ * @iommufd: the context, borrowed; may be preserved
+ * @dev_id: the device
+ * @translation: receives it; its mode is unknown if there is no IOMMU, or if it is of a
+ *	kind that this library does not know
+ * @err: error
+ *
+ * Return: 0; -ENOENT (attached to nothing, or blocked), -ENOTTY (a kernel that does not
+ * tell), -errno.
+ */
+int kho_iommufd_translation(struct kho *kho, int iommufd, uint32_t dev_id,
+			    struct kho_translation *translation, struct kho_error **err);
+
+/**
  * kho_iommufd_obstacle() - why could a context not be preserved, or a device not be moved?
  * @kho: handle
  * @iommufd: the context, borrowed

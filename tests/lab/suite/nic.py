@@ -2,10 +2,11 @@
 """Devices over `systemctl kexec`: a userspace NIC driver that never loses a packet."""
 
 import json
+import re
 import time
 from xml.etree import ElementTree
 
-from lablib import nic
+from lablib import nic, trace
 from lablib.check import expect, test
 from lablib.sender import Sender
 
@@ -14,9 +15,12 @@ from .service import Khod, journal_says
 A_AND_B = (("minimal", False, ""), ("minimal", False, "-b"))
 
 
+FILL = "vtd_iotlb_page_update"
+
+
 def booted(ctx, machine="noiommu", **kw):
     return ctx.vm(memory="1G", machine=machine, devices=["e1000e"], append="lab.nic",
-                  trace=nic.EVENTS, **kw)
+                  trace=(*nic.EVENTS, FILL), **kw)
 
 
 def judge(c):
@@ -77,6 +81,37 @@ TABLES = {"noiommu": "no IOMMU, AMD v1 tables, pages of 4 KiB to ",
           "vtd-first-stage": "first-stage tables, pages of 4 KiB, 2 MiB and 1 GiB"}
 
 
+# Mode and stage, in the tree and as JSON
+TRANSLATIONS = {"vtd-legacy": ("legacy", "legacy"),
+                "vtd-scalable": ("scalable mode, second-stage", "second-stage"),
+                "vtd-first-stage": ("scalable mode, first-stage", "first-stage")}
+
+
+def domain_ids(vm) -> list:
+    """With which QEMU's IOMMU looked up translations for the NIC, one after the other."""
+    fills = (re.search(r"sid 0x0*100 .*domain (0x[0-9a-f]+)", e.text)
+             for e in trace.read(vm.dir / "trace.log", {FILL}))
+    return [int(m.group(1), 16) for m in fills if m]
+
+
+def judge_translation(ctx, vm, machine):
+    """What `khoctl show` says of the IOMMU must be what the IOMMU does."""
+    text = vm.run("khoctl show nic").out
+    expect(TABLES[machine] in text, f"khoctl show does not say '{TABLES[machine]}': {text}")
+    t = shown(vm)["contexts"][0]["devices"][0]["translation"]
+    if machine == "noiommu":
+        expect(t is None and "domain id" not in text, f"there is no IOMMU: {t}, {text}")
+        return
+    used = domain_ids(vm)
+    said, mode = TRANSLATIONS[machine]
+    expect(len(set(used)) > 1, f"one domain id before and after the replace: {set(used)}")
+    expect(t == {"mode": mode, "iommu": "dmar0", "domain_id": used[-1]},
+           f"{t}, and QEMU's IOMMU translates with domain id {used[-1]}")
+    said = f"by dmar0 in {said}{' mode' if mode == 'legacy' else ''}, domain id {used[-1]}"
+    expect(said in text, f"khoctl show does not say '{said}': {text}")
+    ctx.figure("translated", said)
+
+
 def through_systemctl_kexec(ctx, machine):
     with booted(ctx, machine) as vm:
         vm.ready()
@@ -87,8 +122,7 @@ def through_systemctl_kexec(ctx, machine):
         ctx.figure("blackout", f"{t['blackout_ns'] / 1e9:.2f} s by khod, {c.timeline.blackout:.2f} s by the host")
         held = vm.run("khoctl list").out
         expect("nic" in held and "held" in held, f"the driver did not register again: {held}")
-        said = vm.run("khoctl show nic").out
-        expect(TABLES[machine] in said, f"khoctl show does not say '{TABLES[machine]}': {said}")
+        judge_translation(ctx, vm, machine)
         journal_says(vm, "Workload nic is restored", 0)
 
 
