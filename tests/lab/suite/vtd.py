@@ -208,6 +208,11 @@ def others_go_on_if_the_list_of_domains_is_damaged(ctx):
     others_go_on(ctx, "domains", "second-stage", "not described correctly|previous kernel are stopped")
 
 
+@test(part="vtd")
+def others_go_on_if_no_record_of_a_device_can_be_read(ctx):
+    others_go_on(ctx, "flags", "first-stage", "records of preserved devices are damaged: the flags")
+
+
 def stopped(ctx, mode):
     """Every 16th packet is to go to where nothing is mapped; the IOMMU stops it in both kernels."""
     run = Run(ctx, kexecs=1, machine=MODES[mode], trace=(FAULT,), options="dma.outside=16")

@@ -222,6 +222,10 @@ void damage_next(int stage)
 		other_device();
 	ret = try_retrieve_session("dma");
 	verdict((ret < 0) == all_damaged(), "retrieve the session", ret);
+	/* No device runs any more, and nobody has lost sight of one */
+	session = ret;
+	if (!strcmp(mode->name, "flags"))
+		must(try_finish(), "finish, as all devices are stopped");
 	fill_memory();
 	sleep(3);
 	check_filler();
