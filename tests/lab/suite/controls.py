@@ -57,3 +57,17 @@ def control_packets_are_lost_without_the_driver_match(ctx):
     ctx.figure("lost", f"{kept} packets with, {gone} without the protection")
     expect(not kept, f"{kept} packets lost")
     expect(gone > 100, f"only {gone} packets lost without the protection: the test cannot fail")
+
+
+@test(part="dma", kernels=(("faults", False, ""),))
+def control_memory_is_damaged_without_the_reset(ctx):
+    """The device was quiesced; the kernel's own driver turns bus mastering on, and resets it then."""
+    def written(options):
+        run = Run(ctx, mode="otherdriver", options=options, kernel=ctx.kernel("faults"), judge=False)
+        expect(run.lines("driver e1000e$"), f"the driver was not bound; see {run.vm.dir}")
+        at = run.lines("QUIESCED")[0].when + run.offset
+        return run.dma(at, float("inf")), filled(run)
+    kept, gone = written(""), written("pci_liveupdate.test_no_reset=1")
+    ctx.figure("written", "%d packets, %d bytes changed with; %d, %d without the protection" % (*kept, *gone))
+    expect(kept == (0, 0), f"packets written, bytes of others changed: {kept}")
+    expect(min(gone) > 10, f"only {gone} without the protection: the test cannot fail")

@@ -854,6 +854,27 @@ static void errorold_first(void)
 	quiesced();
 }
 
+/*
+ * Nobody comes for the device. The kernel has a driver of its own for it, which turns
+ * bus mastering on before it resets the device, whose rings are memory of others by now.
+ * QEMU's e1000e keeps its registers when it is reset by power management.
+ */
+static void otherdriver_next(int stage)
+{
+	(void)stage;
+	retrieve_session("dma");
+	end_session();
+	must(put(PCI_DEVICE BDF "/reset_method", "bus"), "reset_method");
+	must(put(PCI_DEVICE BDF "/driver/unbind", BDF), "unbind");
+	fill_memory();
+	say("QUIESCED");
+	must(put("/sys/bus/pci/drivers/e1000e/bind", BDF), "bind to e1000e");
+	show_driver();
+	sleep(3);
+	check_filler();
+	power_off();
+}
+
 /* Virtual functions would need their physical function, and be a part of what goes on. */
 static void sriov_first(void)
 {
@@ -962,6 +983,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
 		{ .name = "error", .next = error_next },
+		{ .name = "otherdriver", .next = otherdriver_next },
 		{ .name = "errorold", .first = errorold_first, .stays = true },
 		{ .name = "sriov", .first = sriov_first, .stays = true },
 		{ .name = "panic", .first = panic_first },
