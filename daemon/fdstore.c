@@ -9,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <systemd/sd-daemon.h>
-#include <time.h>
 
 #include "fdstore.h"
 #include "log.h"
@@ -20,14 +19,6 @@
 #define MAX_UNKNOWN 512
 /* How long systemd may take to close what it has removed, on a busy machine. */
 #define CLOSING_USEC (2 * 1000000ULL)
-
-static uint64_t now_usec(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000ULL + ts.tv_nsec / 1000;
-}
 
 void fdstore_init(struct fdstore *fs)
 {
@@ -98,7 +89,7 @@ int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 	 */
 	if (barrier(fs, name, "removed", &late) < 0)
 		log_event(LOG_WARNING, NULL, NULL, "%s.", text = kho_error_format(late, 0));
-	fs->removed_usec = now_usec();
+	fs->removed_usec = monotonic_usec();
 	return 0;
 }
 
@@ -115,5 +106,5 @@ int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err
 
 bool fdstore_closing(const struct fdstore *fs)
 {
-	return fs->removed_usec > 0 && now_usec() - fs->removed_usec < CLOSING_USEC;
+	return fs->removed_usec > 0 && monotonic_usec() - fs->removed_usec < CLOSING_USEC;
 }

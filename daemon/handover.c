@@ -22,19 +22,10 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "fault.h"
 #include "khod.h"
 #include "log.h"
-
-static uint64_t now_usec(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * UINT64_C(1000000) + ts.tv_nsec / 1000;
-}
 
 static void left_clear(struct handover *h)
 {
@@ -145,7 +136,7 @@ static void not_ready(struct khod *k, struct workload *w, int r, const char *rea
 static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 {
 	struct khod *k = userdata;
-	uint64_t now = now_usec();
+	uint64_t now = monotonic_usec();
 
 	for (struct workload *w = k->workloads; k->handover.asking && w; w = w->next)
 		if (w->prepare == PREPARE_ASKED && w->deadline <= now)
@@ -192,7 +183,7 @@ static void ask(struct khod *k, struct workload *w, uint32_t limit_msec)
 	if (limit_msec > 0 && msec > limit_msec)
 		msec = limit_msec;
 	w->prepare = PREPARE_ASKED;
-	w->deadline = now_usec() + msec * UINT64_C(1000);
+	w->deadline = monotonic_usec() + msec * UINT64_C(1000);
 	r = server_prepare(w->client, w, k->handover.number, msec);
 	FAULT(HANDOVER_ASKED);
 	if (r < 0)

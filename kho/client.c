@@ -9,7 +9,6 @@
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "timeline-log.h"
 #include "wire.h"
@@ -342,10 +341,7 @@ int kho_client_fd(const struct kho_client *client)
 
 static int64_t now_msec(void)
 {
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * INT64_C(1000) + ts.tv_nsec / 1000000;
+	return (int64_t)(monotonic_usec() / 1000);
 }
 
 /* Wait for a packet. Return: 1, 0 (none came), -errno. */

@@ -4,7 +4,9 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <kho/kho.h>
@@ -30,6 +32,15 @@
 		(fd) = -1;   \
 		_f;          \
 	})
+
+/* CLOCK_MONOTONIC, in microseconds. */
+static inline uint64_t monotonic_usec(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return (uint64_t)ts.tv_sec * UINT64_C(1000000) + (uint64_t)ts.tv_nsec / 1000;
+}
 
 static inline void kho_freep(void *p)
 {
