@@ -25,6 +25,9 @@
  *	7  preserve the image: commit            from here on: the new session keeps it
  *	8  transit out of the store
  *
+ * Workloads may be started after 1, and khod says that it is ready: their outage does not grow by
+ * the rest, which is for the next kexec. A client that connects by then is served when it is done.
+ *
  * Died before 4: the incoming session still has everything. Between 4 and 7: transit
  * has, and each file is in the new session or only in transit, which a probe for its
  * token tells. After 7: the image in an outgoing session says that it is complete,
@@ -70,6 +73,13 @@
 #define TOKEN_QUIESCED (UINT64_MAX - 1)
 #define MAX_SESSIONS 8
 
+/* How far a workload was brought. */
+enum {
+	IN_CUSTODY,
+	GONE,
+	BROUGHT,
+};
+
 struct session {
 	int fd;
 	bool outgoing;
@@ -97,6 +107,7 @@ struct group {
 	struct session *target;		/* the outgoing one without, if there is one */
 	int found;			/* what find_image() returned, and @err why */
 	struct kho_error *err;
+	int secured;			/* what secure() returned, and @err why */
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	struct kho_error *lost;		/* why a file is not there, without which devices cannot go on */
@@ -712,24 +723,24 @@ static int all_into_transit(struct khod *k, struct group *g, struct kho_error **
 	return r;
 }
 
-/* Steps 2 and 3. PID 1 is waited for once, and before anything relies on it. */
-static int secure(struct khod *k, struct group *g, struct session **target, struct kho_error **err)
+/* Steps 2 and 3, in a batch: nothing may rely on it before systemd has confirmed it. */
+static int secure(struct khod *k, struct group *g, struct kho_error **err)
 {
-	int r, late;
+	int r = all_into_transit(k, g, err);
 
-	fdstore_batch(&k->fdstore);
-	r = all_into_transit(k, g, err);
-	if (r >= 0 && !*target && !g->quiesced)
-		r = new_target(k, g, target, err);
-	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
-	if (r < 0 || late < 0)
-		return r < 0 ? r : late;
-	if (!g->quiesced)
-		return 0;
-	r = drop_given_up(k, g, err);
+	if (r >= 0 && !g->target && !g->quiesced)
+		r = new_target(k, g, &g->target, err);
+	return r < 0 ? r : 0;
+}
+
+/* Of a workload whose devices were given up: after step 2 is confirmed, and instead of step 3. */
+static int secure_quiesced(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = drop_given_up(k, g, err);
+
 	if (r >= 0)
 		r = drop_targets(k, g, err);
-	return r < 0 ? r : new_target(k, g, target, err);
+	return r < 0 ? r : new_target(k, g, &g->target, err);
 }
 
 /* Steps 4 and 5. */
@@ -769,33 +780,39 @@ static int preserve_again(struct khod *k, struct group *g, struct kho_error **er
 	return r;
 }
 
-/* Steps 1 to 8 above, from wherever they were left. */
-static int transfer(struct khod *k, struct group *g, struct session *target,
-		    struct kho_error **err)
+/* Step 1: its files are here, and its devices under page tables of this kernel, or to be stopped. */
+static int bring(struct khod *k, struct group *g, struct kho_error **err)
 {
 	struct workload *w = g->w;
 	int r;
 
 	r = no_files(w, err);
 	if (r >= 0)
-		r = find_files(k, g, target, false, err);
+		r = find_files(k, g, g->target, false, err);
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
 	if (r >= 0 && kho_image_has_devices(w->image))
-		r = restore(k, g, target, err);
+		r = restore(k, g, g->target, err);
 	if (r >= 0)
-		r = find_files(k, g, target, true, err);
+		r = find_files(k, g, g->target, true, err);
 	/* Its devices go on, but nobody could make use of them. */
 	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
 		r = quiesce(k, g, g->lost, err);
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
-	if (r >= 0)
-		r = secure(k, g, &target, err);
+	return r;
+}
+
+/* Steps 4 to 8, from wherever they were left. */
+static int transfer(struct khod *k, struct group *g, struct kho_error **err)
+{
+	struct workload *w = g->w;
+	int r = g->quiesced ? secure_quiesced(k, g, err) : 0;
+
 	if (r < 0)
 		return r;
-	w->session = target->fd;
-	snprintf(w->session_name, sizeof(w->session_name), "%s", target->name);
+	w->session = g->target->fd;
+	snprintf(w->session_name, sizeof(w->session_name), "%s", g->target->name);
 
 	/* Nothing waits for what is removed from here on, but a device that is to be stopped. */
 	if (!g->quiesced)
@@ -818,7 +835,7 @@ static int transfer(struct khod *k, struct group *g, struct session *target,
 		r = transits_drop(k, g, err);
 	timeline_ended(k, KHO_MARK_PRESERVED, w->name);
 out:
-	(void)fdstore_confirm(&k->fdstore, w->name, NULL);
+	fdstore_unbatch(&k->fdstore);
 	return r;
 }
 
@@ -894,14 +911,18 @@ static void look(struct khod *k, struct group *g)
 	kho_close(k->kho, fd);
 }
 
-/* Return: 1 if the workload is gone, 0 if it is in custody, -errno. */
-static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
+/*
+ * Up to where its devices are safe. Return: GONE, IN_CUSTODY, BROUGHT (step 1 is done, the others are
+ * not), -errno.
+ */
+static int adopt_one(struct khod *k, struct group *g)
 {
+	struct kho_error **err = &g->err;
 	bool only_r = true;
 	int r;
 
 	if (g->w->state == WORKLOAD_FAILED)
-		return 0;	/* could not even be sorted; everything is where it was */
+		return IN_CUSTODY;	/* could not even be sorted; everything is where it was */
 	if (g->committed) {
 		FAULT(START_OUTGOING_BEGIN);
 		return rest(k, g, g->committed, err);
@@ -915,24 +936,15 @@ static int adopt_one(struct khod *k, struct group *g, struct kho_error **err)
 			only_r &= g->sessions[i].origin == 'r';
 		if (g->n_transits == 0 && only_r) {
 			r = discard(k, g, err);
-			return r < 0 ? r : 1;
+			return r < 0 ? r : GONE;
 		}
 		return kho_error_new(err, ENOENT, g->w->name,
 				     "there is no image, so what it holds cannot be told; release it to discard it");
 	}
-	if (g->found < 0) {
-		*err = TAKE_PTR(g->err);
+	if (g->found < 0)
 		return g->found;
-	}
-	r = transfer(k, g, g->target, err);
-	if (r < 0)
-		return r;
-	settle_fds(k, g->w);
-	log_event(LOG_INFO, MSG_CARRIED, g->w->name,
-		  "Workload %s was carried into this kernel (handover %" PRIu32 "): %zu files, %" PRIu64 " bytes, now in session %s.",
-		  g->w->name, kho_image_handovers(g->w->image), workload_n_files(g->w),
-		  workload_bytes(g->w), g->w->session_name);
-	return 0;
+	r = bring(k, g, err);
+	return r < 0 ? r : BROUGHT;
 }
 
 /* A failed workload may still have all its files at hand; then it can be claimed. */
@@ -951,21 +963,25 @@ static void drop_partial_fds(struct khod *k, struct workload *w)
 	w->fds = NULL;
 }
 
-static void settle(struct khod *k, struct group *g)
+/* The end of it, as @r says. @g is freed. */
+static void settle(struct khod *k, struct group *g, int r)
 {
-	_cleanup_error_ struct kho_error *err = NULL;
 	struct workload *w = g->w;
-	int r = adopt_one(k, g, &err);
 
 	if (r < 0)
-		workload_fail(w, &err, r);
+		workload_fail(w, &g->err, r);
 	if (w->state == WORKLOAD_FAILED) {
 		drop_partial_fds(k, w);
 		log_event(LOG_ERR, MSG_FAILED, w->name,
 			  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
 			  w->name, workload_reason(w));
-	}
-	if (r > 0) {
+	} else if (r == BROUGHT) {
+		settle_fds(k, w);
+		log_event(LOG_INFO, MSG_CARRIED, w->name,
+			  "Workload %s was carried into this kernel (handover %" PRIu32 "): %zu files, %" PRIu64 " bytes, now in session %s.",
+			  w->name, kho_image_handovers(w->image), workload_n_files(w), workload_bytes(w),
+			  w->session_name);
+	} else if (r == GONE) {
 		log_event(LOG_NOTICE, MSG_DISCARDED, w->name,
 			  "What an unfinished registration, or a lease, of %s had preserved was discarded: its client still has all.",
 			  w->name);
@@ -976,6 +992,45 @@ static void settle(struct khod *k, struct group *g)
 	kho_error_free(g->err);
 	free(g);
 	khod_idle(k);
+}
+
+/* Places in the fd store that steps 2 and 3 take. */
+static size_t places(const struct group *g)
+{
+	return workload_n_files(g->w) + 2;
+}
+
+/*
+ * Steps 2 to 8 of all of @groups. systemd is waited for once for as many of them as there are
+ * places for: at boot it takes its time.
+ */
+static void transfer_all(struct khod *k, struct group *groups)
+{
+	while (groups) {
+		struct group *batch = groups, *g;
+		int late, r;
+
+		fdstore_batch(&k->fdstore);
+		do {
+			g = groups;
+			g->secured = secure(k, g, &g->err);
+			groups = g->next;
+		} while (groups && fdstore_room(&k->fdstore) >= places(groups));
+		late = fdstore_confirm(&k->fdstore, g->w->name, NULL);
+		g->next = NULL;
+
+		while ((g = batch)) {
+			batch = g->next;
+			r = g->secured;
+			if (r >= 0 && late < 0)
+				r = kho_error_new(&g->err, late, g->w->name,
+						  "systemd did not confirm that the descriptors are stored: %s",
+						  strerror(-late));
+			if (r >= 0)
+				r = transfer(k, g, &g->err);
+			settle(k, g, r < 0 ? r : BROUGHT);
+		}
+	}
 }
 
 static int retrieve_session(struct khod *k, const char *session, struct kho_error **err)
@@ -1028,6 +1083,24 @@ static void find_missing(struct khod *k, const char *session, bool same_boot, vo
 	workload_fail(g->w, &err, p.fd < 0 ? p.fd : -ENOSPC);
 }
 
+/* One, up to where its devices are safe, and to the end if they have to be stopped. */
+static void adopt_group(struct khod *k, struct group *g)
+{
+	int r = adopt_one(k, g);
+	struct group **end;
+
+	g->next = NULL;
+	if (r != BROUGHT) {
+		settle(k, g, r);
+	} else if (g->quiesced) {
+		transfer_all(k, g);
+	} else {
+		for (end = &k->brought; *end; end = &(*end)->next)
+			;
+		*end = g;
+	}
+}
+
 /* Those with devices first: they do not wait for the memory of others. */
 void adopt(struct khod *k, struct passed *passed, size_t n)
 {
@@ -1048,6 +1121,11 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 				continue;
 			}
 			*p = g->next;
-			settle(k, g);
+			adopt_group(k, g);
 		}
+}
+
+void adopt_rest(struct khod *k)
+{
+	transfer_all(k, TAKE_PTR(k->brought));
 }

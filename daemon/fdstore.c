@@ -90,6 +90,7 @@ int fdstore_remove(struct fdstore *fs, const char *name, struct kho_error **err)
 	if (barrier(fs, name, "removed", &late) < 0)
 		log_event(LOG_WARNING, NULL, NULL, "%s.", text = kho_error_format(late, 0));
 	fs->removed_usec = monotonic_usec();
+	fs->unconfirmed |= fs->batch;
 	return 0;
 }
 
@@ -100,11 +101,31 @@ void fdstore_batch(struct fdstore *fs)
 
 int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err)
 {
+	int r;
+
 	fs->batch = false;
-	return barrier(fs, what, "stored", err);
+	r = barrier(fs, what, "stored", err);
+	if (r >= 0)
+		fs->unconfirmed = false;
+	return r;
 }
 
-bool fdstore_closing(const struct fdstore *fs)
+void fdstore_unbatch(struct fdstore *fs)
 {
+	fs->batch = false;
+}
+
+size_t fdstore_room(const struct fdstore *fs)
+{
+	return fs->used < fs->max ? fs->max - fs->used : 0;
+}
+
+bool fdstore_closing(struct fdstore *fs)
+{
+	if (fs->unconfirmed) {
+		fs->unconfirmed = false;
+		(void)barrier(fs, "fd store", "removed", NULL);
+		fs->removed_usec = monotonic_usec();
+	}
 	return fs->removed_usec > 0 && monotonic_usec() - fs->removed_usec < CLOSING_USEC;
 }

@@ -3,6 +3,7 @@
 #define KHOD_FDSTORE_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include <kho/error.h>
@@ -13,14 +14,16 @@
 /**
  * struct fdstore - systemd's descriptor store of this service
  * @available: there is one
- * @batch: between fdstore_batch() and fdstore_confirm()
+ * @batch: between fdstore_batch() and fdstore_confirm() or fdstore_unbatch()
  * @used: descriptors of ours in it
  * @max: room; systemd drops what exceeds it without telling, so khod counts
+ * @unconfirmed: of what was removed in a batch nobody knows yet if it is gone
  * @removed_usec: when the last one was removed, CLOCK_MONOTONIC; 0: never
  */
 struct fdstore {
 	bool available;
 	bool batch;
+	bool unconfirmed;
 	unsigned int used;
 	unsigned int max;
 	uint64_t removed_usec;
@@ -64,7 +67,13 @@ void fdstore_batch(struct fdstore *fs);
  */
 int fdstore_confirm(struct fdstore *fs, const char *what, struct kho_error **err);
 
-/** fdstore_closing() - may systemd still have to close what was removed? */
-bool fdstore_closing(const struct fdstore *fs);
+/** fdstore_unbatch() - wait again for each change from here on, and not for those of the batch */
+void fdstore_unbatch(struct fdstore *fs);
+
+/** fdstore_room() - so many places are free */
+size_t fdstore_room(const struct fdstore *fs);
+
+/** fdstore_closing() - may systemd still have to close what was removed? It is waited for. */
+bool fdstore_closing(struct fdstore *fs);
 
 #endif

@@ -269,17 +269,18 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	if (r < 0)
 		goto out;
 	timeline_start(&k, timeline);
-	/* Before anybody can ask for anything. */
 	adopt(&k, passed, n_passed);
-
 	r = server_start(&k, &err);
 	if (r < 0)
 		goto out;
+	/* Workloads may start: the outage of each ends with that. */
+	sd_notify(0, "READY=1");
+	/* Before anybody is served. SIGTERM waits for it, too. */
+	adopt_rest(&k);
+	timeline_ready(&k);
+	khod_status_line(&k);
 	log_event(LOG_INFO, MSG_STARTED, NULL, "khod " KHO_VERSION " is ready%s.",
 		  KHOD_WITH_FAULT_POINTS ? " (a test build with fault points)" : "");
-	khod_status_line(&k);
-	sd_notify(0, "READY=1");
-	timeline_ready(&k);
 
 	r = sd_event_loop(k.event);
 	if (r >= 0)

@@ -187,6 +187,7 @@ struct khod {
 	struct handover handover;
 	struct timeline_log timeline;
 	struct workload *workloads;
+	struct group *brought;		/* between adopt() and adopt_rest() */
 	struct connection *connections;
 	unsigned int n_connections;
 	sd_event_source *listen_source;
@@ -350,10 +351,20 @@ int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *sessi
 
 /* adopt.c */
 /**
- * adopt() - bring everything systemd passed into the resting state
+ * adopt() - bring everything systemd passed into order, so that workloads can be started
  * @passed: descriptors and names; ownership of all descriptors goes to adopt()
+ *
+ * The devices of each workload are under page tables of this kernel afterwards, or stopped, and
+ * its files are here.
  */
 void adopt(struct khod *k, struct passed *passed, size_t n);
+
+/**
+ * adopt_rest() - preserve once more, for the next kexec, what adopt() brought back
+ *
+ * For that workloads do not wait. Their requests do: nobody is served before.
+ */
+void adopt_rest(struct khod *k);
 
 /* shared by both */
 struct workload *workload_new(struct khod *k, const char *name);

@@ -56,7 +56,7 @@ struct entry {
 struct sim {
 	pthread_mutex_t lock;
 	pthread_t thread;
-	bool patched, absent, ready, quit;
+	bool patched, absent, started, ready, quit;	/* ready: it serves */
 	char dir[64], sock_path[96];
 	int listen_device, listen_open, notify, listen_khod, wake[2], log_fd;
 	struct simdev *dev;
@@ -427,7 +427,9 @@ static void serve_notify(struct sim *s)
 		}
 	for (char *l = strtok_r(text, "\n", &save); l; l = strtok_r(NULL, "\n", &save)) {
 		if (strcmp(l, "READY=1") == 0)
-			s->ready = true;
+			s->started = true;
+		else if (strncmp(l, "STATUS=", 7) == 0)
+			s->ready = s->started;
 		else if (strcmp(l, "FDSTORE=1") == 0)
 			store = true;
 		else if (strcmp(l, "FDSTOREREMOVE=1") == 0)
@@ -684,7 +686,7 @@ pid_t sim_start(struct sim *s, const char *fault, const char *fail)
 	int fds[MAX_STORE + 1];
 
 	pthread_mutex_lock(&s->lock);
-	s->ready = false;
+	s->started = s->ready = false;
 	fds[0] = s->listen_khod;
 	n = 1;
 	for (size_t i = 0; i < s->n_store; i++) {

@@ -410,6 +410,39 @@ Test(custody, fd_store_too_small)
 	sim_free(s);
 }
 
+/* Of many workloads not all can be in transit at a time: one after the other finds its places. */
+Test(custody, fd_store_with_places_for_one_in_transit)
+{
+	struct sim *s = sim_new(true);
+	struct files f[4];
+	char name[16];
+
+	must_start(s);
+	for (int i = 0; i < 4; i++) {
+		files_make(&f[i]);
+		snprintf(name, sizeof(name), "vm%d", i);
+		must_register(s, name, &f[i]);
+	}
+	must_stop(s);
+	/* What is in the store, and what two are not in transit with. */
+	sim_set_fdstore_max(s, (unsigned int)sim_store_count(s) + 2 * (N_FILES + 2) - 1);
+	for (int n = 0; n < 2; n++) {
+		sim_kexec(s);
+		must_start(s);
+		must_rest(s, 4);
+		must_stop(s);
+	}
+	must_start(s);
+	for (int i = 0; i < 4; i++) {
+		snprintf(name, sizeof(name), "vm%d", i);
+		must_claim(s, name, &f[i]);
+		files_close(&f[i]);
+	}
+	must_be_empty(s);
+	must_stop(s);
+	sim_free(s);
+}
+
 /* PID 1 closes what it takes out of its store a moment later: what is registered then has it still. */
 Test(custody, closed_a_moment_later)
 {
