@@ -200,6 +200,7 @@ def export() -> None:
     for old in patches():
         old.unlink()
     out = git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
+              "--abbrev=9",     # whatever else the repository holds
               "--subject-prefix=PATCH 7.3", "-N", "--output-directory", str(PATCHES), "base..HEAD")
     head = git("rev-parse", "HEAD")
     git("checkout", "-q", "-B", "series", head)
