@@ -30,6 +30,14 @@ THROTTLE = "throttling.iops-read=150"       # 1,000 reads are in flight
 PCIEHP = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
 COMMAND, MEMORY_AND_MASTER = 0x04, 0x06
 
+EVERYWHERE = []
+
+
+def everywhere(fn):
+    """A test of suite/vtd_list.py, too, in each mode of VT-d: it takes arguments of Run()."""
+    EVERYWHERE.append(fn)
+    return fn
+
 
 def forbidden(slot, offset, value):
     """Whether a configuration write would disturb a device under live DMA.
@@ -277,33 +285,38 @@ def pending(ctx, options="", kexecs=1, **kw):
     return int(m.group(1))
 
 
+@everywhere
 @test()
-def dma_goes_on_after_an_abort(ctx):
-    Run(ctx, mode="abort").no_packet_lost()
+def dma_goes_on_after_an_abort(ctx, **kw):
+    Run(ctx, mode="abort", **kw).no_packet_lost()
 
 
+@everywhere
 @test()
-def dma_goes_on_after_a_freeze_that_fails(ctx):
+def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
     """A next kernel without live update, without KHO, with ZONE_MOVABLE; INTx in a second session."""
-    Run(ctx, mode="freezefail").no_packet_lost()
+    Run(ctx, mode="freezefail", **kw).no_packet_lost()
 
 
+@everywhere
 @test()
-def what_would_be_lost_is_refused_at_preserve(ctx):
+def what_would_be_lost_is_refused_at_preserve(ctx, **kw):
     """User memory, a memfd outside of the session, a hole punched in one, a DMABUF, a PASID."""
-    Run(ctx, mode="refusals").no_packet_lost()
+    Run(ctx, mode="refusals", **kw).no_packet_lost()
 
 
+@everywhere
 @test()
-def nobody_gets_at_a_device_that_waits(ctx):
+def nobody_gets_at_a_device_that_waits(ctx, **kw):
     """Removed, reset, disabled, another driver; memory truncated, punched, zeroed; other order."""
-    Run(ctx, mode="hostile", options=FULL).nothing_lost(ctx, 1)
+    Run(ctx, mode="hostile", options=FULL, **kw).nothing_lost(ctx, 1)
 
 
+@everywhere
 @test()
-def one_of_two_sessions_is_given_up(ctx):
+def one_of_two_sessions_is_given_up(ctx, **kw):
     """Its device is quiesced, and that of the other goes on."""
-    Run(ctx, mode="twosessions", options=FULL).nothing_lost(ctx, 1)
+    Run(ctx, mode="twosessions", options=FULL, **kw).nothing_lost(ctx, 1)
 
 
 def quiesced(ctx, mode, **kw):
@@ -318,50 +331,59 @@ def quiesced(ctx, mode, **kw):
     return run
 
 
+@everywhere
 @test()
-def quiesced_when_finished_without_being_retrieved(ctx):
-    quiesced(ctx, "noretrieve")
+def quiesced_when_finished_without_being_retrieved(ctx, **kw):
+    quiesced(ctx, "noretrieve", **kw)
 
 
+@everywhere
 @test()
-def quiesced_at_the_last_close(ctx):
-    quiesced(ctx, "lastclose")
+def quiesced_at_the_last_close(ctx, **kw):
+    quiesced(ctx, "lastclose", **kw)
 
 
+@everywhere
 @test()
-def quiesced_at_the_deadline(ctx):
-    quiesced(ctx, "deadline")
+def quiesced_at_the_deadline(ctx, **kw):
+    quiesced(ctx, "deadline", **kw)
 
 
+@everywhere
 @test(part="dma")
-def quiesced_when_the_session_is_abandoned(ctx):
-    quiesced(ctx, "abandon")
+def quiesced_when_the_session_is_abandoned(ctx, **kw):
+    quiesced(ctx, "abandon", **kw)
 
 
+@everywhere
 @test()
-def quiesced_at_a_second_kexec(ctx):
+def quiesced_at_a_second_kexec(ctx, **kw):
     """The session of the first one was not finished, not even retrieved."""
-    quiesced(ctx, "second")
+    quiesced(ctx, "second", **kw)
 
 
+@everywhere
 @test(part="dma")
-def quiesced_when_the_owner_is_killed_while_it_is_preserved(ctx):
-    quiesced(ctx, "killedpreserved", kexecs=0)
+def quiesced_when_the_owner_is_killed_while_it_is_preserved(ctx, **kw):
+    quiesced(ctx, "killedpreserved", kexecs=0, **kw)
 
 
+@everywhere
 @test(part="dma")
-def quiesced_when_the_owner_is_killed_after_the_retrieve(ctx):
-    quiesced(ctx, "killedretrieved")
+def quiesced_when_the_owner_is_killed_after_the_retrieve(ctx, **kw):
+    quiesced(ctx, "killedretrieved", **kw)
 
 
+@everywhere
 @test()
-def quiesced_when_the_owner_is_killed_before_the_replace(ctx):
-    quiesced(ctx, "killedbound")
+def quiesced_when_the_owner_is_killed_before_the_replace(ctx, **kw):
+    quiesced(ctx, "killedbound", **kw)
 
 
+@everywhere
 @test()
-def quiesced_at_an_unplug_in_the_next_kernel(ctx):
-    quiesced(ctx, "unplug")
+def quiesced_at_an_unplug_in_the_next_kernel(ctx, **kw):
+    quiesced(ctx, "unplug", **kw)
 
 
 def after_an_error(ctx, mode, **kw):
@@ -370,37 +392,43 @@ def after_an_error(ctx, mode, **kw):
     expect(console.find("Uncorrectable .Fatal. Error message received") is not None, "no error was reported")
 
 
+@everywhere
 @test()
-def quiesced_at_a_fatal_error_in_the_next_kernel(ctx):
-    after_an_error(ctx, "error")
+def quiesced_at_a_fatal_error_in_the_next_kernel(ctx, **kw):
+    after_an_error(ctx, "error", **kw)
 
 
+@everywhere
 @test(part="dma")
-def a_kexec_is_refused_after_a_fatal_error(ctx):
-    after_an_error(ctx, "errorold", kexecs=0)
+def a_kexec_is_refused_after_a_fatal_error(ctx, **kw):
+    after_an_error(ctx, "errorold", kexecs=0, **kw)
 
 
+@everywhere
 @test(part="dma")
-def an_unplug_while_preserved_waits_for_the_user(ctx):
-    quiesced(ctx, "unplugold", kexecs=0)
+def an_unplug_while_preserved_waits_for_the_user(ctx, **kw):
+    quiesced(ctx, "unplugold", kexecs=0, **kw)
 
 
+@everywhere
 @test(part="dma")
-def a_kexec_is_refused_while_an_unplug_is_pending(ctx):
+def a_kexec_is_refused_while_an_unplug_is_pending(ctx, **kw):
     """It would wait for the device's user for ever, with the device frozen."""
-    quiesced(ctx, "unplugreboot", kexecs=0)
+    quiesced(ctx, "unplugreboot", kexecs=0, **kw)
 
 
+@everywhere
 @test(part="dma")
-def a_device_with_virtual_functions_is_refused(ctx):
+def a_device_with_virtual_functions_is_refused(ctx, **kw):
     """And virtual functions of a preserved device are. QEMU's igb drops packets while it has some."""
-    Run(ctx, device="igb", mode="sriov", kexecs=0, options="vfio_pci.enable_sriov=1")
+    Run(ctx, device="igb", mode="sriov", kexecs=0, options="vfio_pci.enable_sriov=1", **kw)
 
 
+@everywhere
 @test(part="dma")
-def a_panic_while_frozen_ends_in_a_reset(ctx):
+def a_panic_while_frozen_ends_in_a_reset(ctx, **kw):
     """The machine starts again, and knows no session."""
-    run = Run(ctx, mode="panic")
+    run = Run(ctx, mode="panic", **kw)
     expect(run.vm.console.find("Kernel panic - not syncing: sysrq") is not None, "no panic")
     expect(len(run.lines("ok a session after a panic")) == 2, "it did not start again")
 
@@ -409,58 +437,65 @@ def a_panic_while_frozen_ends_in_a_reset(ctx):
 STOPPED = r"bus mastering turned off|KHO: all devices were"
 
 
-def quiesced_as_the_handover_is_refused(ctx, mode):
+def quiesced_as_the_handover_is_refused(ctx, mode, **kw):
     """The next kernel refuses it in early boot, and uses the memory for itself.
 
     Without kho_stop_dma(), the device goes on: packets are written, and change the pattern
     that all free memory is filled with.
     """
-    console = quiesced(ctx, mode).vm.console
+    console = quiesced(ctx, mode, **kw).vm.console
     expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
     expect(console.find(STOPPED) is not None, "no device was stopped in early boot")
 
 
+@everywhere
 @test()
-def quiesced_if_the_map_of_memory_is_damaged(ctx):
-    quiesced_as_the_handover_is_refused(ctx, "map")
+def quiesced_if_the_map_of_memory_is_damaged(ctx, **kw):
+    quiesced_as_the_handover_is_refused(ctx, "map", **kw)
 
 
+@everywhere
 @test()
-def quiesced_if_the_handover_cannot_be_read(ctx):
-    quiesced_as_the_handover_is_refused(ctx, "fdt")
+def quiesced_if_the_handover_cannot_be_read(ctx, **kw):
+    quiesced_as_the_handover_is_refused(ctx, "fdt", **kw)
 
 
-def quiesced_as_it_is_not_taken_over(ctx, mode, text):
+def quiesced_as_it_is_not_taken_over(ctx, mode, text, **kw):
     """What the old kernel wrote down of the device and its port is damaged."""
-    console = quiesced(ctx, mode).vm.console
+    console = quiesced(ctx, mode, **kw).vm.console
     expect(console.find(text) is not None, f"the kernel does not say '{text}'")
 
 
+@everywhere
 @test()
-def quiesced_if_it_is_another_device(ctx):
-    quiesced_as_it_is_not_taken_over(ctx, "vendor", "01:00.0: stopped, it cannot be kept running")
+def quiesced_if_it_is_another_device(ctx, **kw):
+    quiesced_as_it_is_not_taken_over(ctx, "vendor", "01:00.0: stopped, it cannot be kept running", **kw)
 
 
+@everywhere
 @test()
-def quiesced_if_the_records_are_invalid(ctx):
-    quiesced_as_it_is_not_taken_over(ctx, "flags", "01:00.0: stopped, it cannot be kept running")
+def quiesced_if_the_records_are_invalid(ctx, **kw):
+    quiesced_as_it_is_not_taken_over(ctx, "flags", "01:00.0: stopped, it cannot be kept running", **kw)
 
 
+@everywhere
 @test()
-def quiesced_if_there_is_no_record(ctx):
+def quiesced_if_there_is_no_record(ctx, **kw):
     """The device moved, or the record is damaged: it is still the only one that is running."""
-    quiesced_as_it_is_not_taken_over(ctx, "slot", "01:00.0: stopped, it cannot be kept running")
+    quiesced_as_it_is_not_taken_over(ctx, "slot", "01:00.0: stopped, it cannot be kept running", **kw)
 
 
+@everywhere
 @test()
-def quiesced_if_its_port_is_not_taken_over(ctx):
-    quiesced_as_it_is_not_taken_over(ctx, "bridge", "01:00.0: liveupdate: a bridge above was not")
+def quiesced_if_its_port_is_not_taken_over(ctx, **kw):
+    quiesced_as_it_is_not_taken_over(ctx, "bridge", "01:00.0: liveupdate: a bridge above was not", **kw)
 
 
+@everywhere
 @test()
-def memory_alone_is_lost_without_stopping_devices(ctx):
+def memory_alone_is_lost_without_stopping_devices(ctx, **kw):
     """Nothing to stop, nothing to panic for: the machine comes up with all of its memory."""
-    console = Run(ctx, mode="map", options="dma.memonly=1").vm.console
+    console = Run(ctx, mode="map", options="dma.memonly=1", **kw).vm.console
     expect(console.find("disabling KHO revival") is not None, "the handover was not refused")
     expect(console.find(STOPPED) is None, "devices were stopped for no reason")
 

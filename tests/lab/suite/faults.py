@@ -8,7 +8,7 @@ import re
 from collections import Counter
 
 from lablib.check import expect, test
-from .dma import Run
+from .dma import Run, everywhere
 
 KERNEL = (("faults", False, ""),)
 
@@ -117,7 +117,8 @@ def each_step_of_taking_over_behind_vtd_fails_once(ctx):
     each_step_fails_once(ctx, "vtd-scalable")
 
 
+@everywhere
 @test(part="faults", kernels=KERNEL)
-def dma_goes_on_if_the_next_kernel_was_loaded_by_kexec_load(ctx):
+def dma_goes_on_if_the_next_kernel_was_loaded_by_kexec_load(ctx, **kw):
     """Which hands nothing over."""
-    Run(ctx, mode="kexecload", kernel=ctx.kernel("faults")).no_packet_lost()
+    Run(ctx, mode="kexecload", kernel=ctx.kernel("faults"), **kw).no_packet_lost()

@@ -161,24 +161,6 @@ def dma_goes_on_after_an_abort_vtd(ctx):
     expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
 
 
-@test(part="vtd")
-def dma_goes_on_after_a_freeze_that_fails_vtd(ctx):
-    run = Run(ctx, mode="freezefail", machine=MODES["second-stage"], trace=(FAULT,))
-    got = run.result()
-    expect(len(run.sent) == got["received"] and not got["incomplete"], f"sent {len(run.sent)}: {got}")
-
-
-@test(part="vtd")
-def quiesced_at_the_last_close_vtd(ctx):
-    """The device is stopped, and its group is back with its default domain."""
-    quiesced(ctx, "lastclose", machine=MODES["legacy"])
-
-
-@test(part="vtd")
-def quiesced_at_the_deadline_vtd(ctx):
-    quiesced(ctx, "deadline", machine=MODES["first-stage"])
-
-
 # A device with a driver of the kernel's, for which the IOMMU has to translate.
 OTHER = ("-global", "virtio-rng-pci.iommu_platform=on", "-global", "virtio-rng-pci.disable-legacy=on")
 
