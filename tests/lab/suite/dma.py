@@ -493,6 +493,17 @@ def quiesced_if_its_port_is_not_taken_over(ctx, **kw):
 
 @everywhere
 @test()
+def quiesced_if_the_context_is_damaged(ctx, **kw):
+    """The iommufd cannot be retrieved; all packets are in the memory, until nobody has the device."""
+    run = quiesced(ctx, "context", rate=200, **kw)
+    got = run.result()
+    expect(got["received"] and not (got["lost"] or got["bad"] or got["doubled"]), f"damage: {got}")
+    expect(run.vm.console.find("flags of a preserved context cannot be right") is not None,
+           "the kernel does not say why")
+
+
+@everywhere
+@test()
 def memory_alone_is_lost_without_stopping_devices(ctx, **kw):
     """Nothing to stop, nothing to panic for: the machine comes up with all of its memory."""
     console = Run(ctx, mode="map", options="dma.memonly=1", **kw).vm.console

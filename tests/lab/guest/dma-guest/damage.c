@@ -163,6 +163,44 @@ static void damage_domains(int mem_fd)
 	say("%s damaged the list of domains: %d", n == 1 ? "ok" : "FAIL", n);
 }
 
+/* include/linux/kho/abi/iommufd.h: a context with one HWPT, and its block of HWPTs */
+struct iommufd_ctx_ser {
+	uint64_t hwpts;
+	uint32_t nr_hwpts, flags;
+};
+
+static bool is_context(int mem_fd, uint64_t at, const struct iommufd_ctx_ser *ser)
+{
+	struct {
+		uint64_t next, count;
+		uint64_t domain;
+	} block;
+	uint64_t domain[2];		/* next, context */
+
+	return ser->hwpts && !(ser->hwpts % PAGE) && ser->nr_hwpts == 1 && !ser->flags &&
+	       pread(mem_fd, &block, sizeof(block), ser->hwpts) == sizeof(block) &&
+	       !block.next && block.domain && !(block.domain % PAGE) &&
+	       pread(mem_fd, domain, sizeof(domain), block.domain) == sizeof(domain) &&
+	       domain[1] == at;
+}
+
+/* A flag that the next kernel does not know, in the description of the context. */
+static void damage_context(int mem_fd)
+{
+	struct iommufd_ctx_ser ser;
+	int n = 0;
+
+	for (off_t at = 1 << 20; at < 1 << 30; at += PAGE) {
+		if (pread(mem_fd, &ser, sizeof(ser), at) != sizeof(ser) ||
+		    !is_context(mem_fd, at, &ser))
+			continue;
+		ser.flags |= 1 << 20;
+		check(pwrite(mem_fd, &ser, sizeof(ser), at), "damage the context");
+		n++;
+	}
+	say("%s damaged the context: %d", n == 1 ? "ok" : "FAIL", n);
+}
+
 /* The whole handover is damaged, not only the records of PCI devices. */
 static bool all_damaged(void)
 {
@@ -185,6 +223,8 @@ void damage_first(void)
 	check(fd, "/dev/mem");
 	if (!strcmp(mode->name, "domains"))
 		damage_domains(fd);
+	else if (!strcmp(mode->name, "context"))
+		damage_context(fd);
 	else if (!all_damaged())
 		damage_records(fd, mode->name);
 	else if (!strcmp(mode->name, "fdt"))
@@ -230,4 +270,38 @@ void damage_next(int stage)
 	sleep(3);
 	check_filler();
 	power_off();
+}
+
+/*
+ * Only iommufd's own description of its context is damaged: the device goes on, and its memory
+ * can be had, but nobody can be given control of it.
+ */
+void damage_context_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	map_mem();
+	ret = try_retrieve(TOK_IOMMUFD);
+	verdict(ret == -EINVAL, "retrieve the context", ret);
+	say("%s DMA after that", dma_goes_on() ? "ok" : "FAIL no");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	iommufd = open("/dev/iommu", O_RDWR);
+	check(iommufd, "/dev/iommu");
+	ret = try_bind();
+	verdict(ret == -EINVAL, "bind to another context", ret);
+	ret = try_finish();
+	verdict(ret == -EBUSY, "finish with the device going on", ret);
+	close(dev);
+	close(iommufd);
+	end_session();
+	say("%s the device is stopped", is_master(BDF) ? "FAIL" : "ok");
+	driver->take(false);
+	driver->report();
+	close(memfd);
+	quiesced();
 }

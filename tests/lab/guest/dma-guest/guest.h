@@ -228,6 +228,7 @@ void __attribute__((noreturn)) finish_run(void);
 uint64_t kho_map(void);
 void damage_first(void);
 void damage_next(int stage);
+void damage_context_next(int stage);
 
 /* modes.c: what is tried instead of, or beside, the plain run */
 struct mode {

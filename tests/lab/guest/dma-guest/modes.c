@@ -994,6 +994,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "bridge", .first = damage_first, .next = damage_next },
 		{ .name = "slot", .first = damage_first, .next = damage_next },
 		{ .name = "domains", .first = damage_first, .next = damage_next },
+		{ .name = "context", .first = damage_first, .next = damage_context_next },
 	};
 
 	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
