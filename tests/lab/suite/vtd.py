@@ -17,6 +17,7 @@ from .upstream import quiet
 
 MODES = {"legacy": "vtd-legacy", "second-stage": "vtd-scalable", "first-stage": "vtd-first-stage"}
 FAULT, ENABLE, FILL = "vtd_dmar_fault", "vtd_dmar_enable", "vtd_iotlb_page_update"
+KDUMP = ("kdump", False, "")
 MINIMAL, UNPATCHED = ("minimal", False, ""), ("minimal", True, "")
 DEVICE = 0x0100             # bus 1, device 0: as QEMU's trace has the requester
 
@@ -312,3 +313,38 @@ def devices_with_ats_groups_and_aliases_are_refused(ctx):
     run.no_packet_lost()
     expect(run.vm.console.find("domain cannot be preserved: its IOMMU group has other devices")
            is not None, "the kernel does not say why")
+
+
+def crash(ctx, mode, kexecs):
+    """A panic under DMA; the crash kernel copies the IOMMU's tables, and reads all of the dump."""
+    run = Run(ctx, mode="crash", kexecs=kexecs, machine=MODES[mode], kernel=ctx.kernel("kdump"),
+              memory="1G", trace=(FAULT, ENABLE), arguments=("-no-reboot",),
+              # The next kernel has no other memory than scratch to reserve any for a crash kernel.
+              options="crashkernel=256M kho_scratch=16M,384M,16M")
+    for said in ("the dump is an ELF file", "the memory of the device is in it", "the dump was read",
+                 "filled memory"):
+        expect(run.lines(f"ok {said}"), f"not said: {said}; see {run.vm.dir}")
+    begin, up, end = (run.lines(f"{w}$")[0].when + run.offset for w in ("CRASH", "CRASHED", "STOP"))
+    before, since = run.dma(begin, up), run.dma(up, end)
+    ctx.figure("dump", f"{run.lines('the dump was read')[0].split(': ')[-1]}, {before} packets written "
+                       f"while the crash kernel started and {since} since, {faults(run)} faults")
+    # Only with the tables of the kernel that is gone.
+    expect(since > 100, f"only {since} packets were written with the crash kernel up")
+    expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
+    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+
+
+def add_crash(mode):
+    @test(f"a-crash-kernel-writes-a-dump-after-an-adoption-{mode}", part="vtd", kernels=(KDUMP,))
+    def adopted(ctx):
+        """The kernel that panics goes on with tables that are its predecessor's."""
+        crash(ctx, mode, 1)
+
+    @test(f"a-crash-kernel-writes-a-dump-{mode}", part="vtd", kernels=(KDUMP,))
+    def plain(ctx):
+        """The same with nothing preserved."""
+        crash(ctx, mode, 0)
+
+
+for name in MODES:
+    add_crash(name)

@@ -33,7 +33,7 @@
  *   dma.next=ARG one more argument for each next kernel
  *   dma.modules=root modules are to be loaded from the root file system, see modules.c
  *   dma.leaks=1  look for memory that the kernel leaked, where it can tell, in each kernel
- *   dma.stage=K, dma.left=M are set by itself
+ *   dma.stage=K, dma.left=M, dma.mark=ADDRESS are set by itself
  */
 #ifndef DMA_GUEST_H
 #define DMA_GUEST_H
@@ -206,6 +206,7 @@ uint64_t irq_count(unsigned int vector);
 extern int session;
 int luo(void);
 void load_kernel(int stage, int left, const char *add);
+void load_crash_kernel(const char *add);
 int try_create_session(const char *name);
 void create_session(const char *name);
 int try_retrieve_session(const char *name);
@@ -230,6 +231,10 @@ void damage_first(void);
 void damage_next(int stage);
 void damage_context_next(int stage);
 
+/* crash.c */
+void crash_end(void);
+void __attribute__((noreturn)) crashed(void);
+
 /* modes.c: what is tried instead of, or beside, the plain run */
 struct mode {
 	const char *name;
@@ -239,6 +244,8 @@ struct mode {
 	void (*last)(void);
 	/* In the next kernel, instead of taking everything back. */
 	void (*next)(int stage);
+	/* In the last kernel, at the end of the run. */
+	void (*end)(void);
 	/* Before the retrieve; with all of it bound; with the new HWPT; nothing is finished. */
 	void (*waiting)(void);
 	void (*bound)(void);

@@ -26,7 +26,7 @@ static int open_kernel(int stage)
 }
 
 /* It gets this one's command line and something added, and an initrd if there is one. */
-void load_kernel(int stage, int left, const char *add)
+static void load(int stage, int left, const char *add, unsigned long flags)
 {
 	static char line[2048];
 	char *p = strstr(cmdline, " dma.stage=");
@@ -36,10 +36,21 @@ void load_kernel(int stage, int left, const char *add)
 	snprintf(line, sizeof(line), "%.*s dma.stage=%d dma.left=%d %s", (int)n, cmdline, stage,
 		 left, add);
 	if (syscall(SYS_kexec_file_load, k, initrd, strlen(line) + 1, line,
-		    initrd < 0 ? KEXEC_FILE_NO_INITRAMFS : 0))
+		    flags | (initrd < 0 ? KEXEC_FILE_NO_INITRAMFS : 0)))
 		die("kexec_file_load");
 	close(initrd);
 	close(k);
+}
+
+void load_kernel(int stage, int left, const char *add)
+{
+	load(stage, left, add, 0);
+}
+
+/* What is booted at a panic: the kernel of the first stage */
+void load_crash_kernel(const char *add)
+{
+	load(1, 0, add, KEXEC_FILE_ON_CRASH);
 }
 
 int luo(void)

@@ -276,7 +276,8 @@ static void run(int stage, int left, bool irq, bool fill)
 	}
 	if (left > 0 && !mode->stays)
 		handover(stage, left, claim);
-
+	if (mode->end)
+		mode->end();
 	finish_run();
 }
 
@@ -336,6 +337,8 @@ int main(void)
 	pid_t child;
 
 	mount_all();
+	if (!access("/proc/vmcore", F_OK))
+		crashed();
 	stage = atoi(param("dma.stage", "1"));
 	left = atoi(param("dma.left", param("dma.kexecs", "1")));
 	mode = find_mode(param("dma.mode", "run"));

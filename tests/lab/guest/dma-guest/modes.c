@@ -987,6 +987,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "errorold", .first = errorold_first, .stays = true },
 		{ .name = "sriov", .first = sriov_first, .stays = true },
 		{ .name = "panic", .first = panic_first },
+		{ .name = "crash", .end = crash_end },
 		{ .name = "map", .first = damage_first, .next = damage_next },
 		{ .name = "fdt", .first = damage_first, .next = damage_next },
 		{ .name = "vendor", .first = damage_first, .next = damage_next },
