@@ -1466,7 +1466,8 @@ enum iommu_liveupdate_state {
  * @IOMMU_LIVEUPDATE_PASID: A device with a PASID attached
  * @IOMMU_LIVEUPDATE_ACCESS: The IOAS is used from inside of the kernel
  * @IOMMU_LIVEUPDATE_DIRTY_TRACKING: Dirty tracking is on
- * @IOMMU_LIVEUPDATE_GROUP: A device of the same group is not attached
+ * @IOMMU_LIVEUPDATE_GROUP: A device of the same group is not attached to the
+ *     same page table, or in the next kernel not bound yet
  * @IOMMU_LIVEUPDATE_DEVICE_VF: The device is a virtual function, or has some
  * @IOMMU_LIVEUPDATE_DEVICE_ATS: The device uses ATS or PRI
  * @IOMMU_LIVEUPDATE_DEVICE_TYPE: The device has no lasting name, it is not PCI
