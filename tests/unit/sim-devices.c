@@ -196,9 +196,40 @@ static void put_auto(struct simdev *d, struct ctx *c, __u32 hwpt)
 		object_free(c, hwpt);
 }
 
+/* The functions of a slot are one IOMMU group. */
+static bool same_group(const struct dev *a, const struct dev *b)
+{
+	size_t n = strcspn(a->name, ".");
+
+	return n > 0 && a->name[n] && strncmp(a->name, b->name, n + 1) == 0;
+}
+
+/* Does a device of the group use the frozen HWPT of that context without being bound? */
+static struct dev *unbound(struct simdev *d, const struct dev *v, int ctx)
+{
+	for (int i = 0; i < MAX_DEV; i++)
+		if (&d->dev[i] != v && same_group(v, &d->dev[i]) && d->dev[i].incoming == ctx)
+			return &d->dev[i];
+	return NULL;
+}
+
+/* The last one that is bound takes those of its group along that are not. */
+static bool last_bound(struct simdev *d, const struct dev *v)
+{
+	if (v->ctx < 0 || !v->hwpt || d->ctx[v->ctx].obj[v->hwpt].type != IOMMU_OBJECT_HWPT_FROZEN)
+		return false;
+	for (int i = 0; i < MAX_DEV; i++)
+		if (&d->dev[i] != v && same_group(v, &d->dev[i]) && d->dev[i].ctx == v->ctx &&
+		    d->dev[i].hwpt)
+			return false;
+	return true;
+}
+
 /* The last close of a device, or the kernel's decision: no DMA any more. */
 static void dev_stop(struct simdev *d, struct dev *v)
 {
+	while (last_bound(d, v) && unbound(d, v, v->ctx))
+		dev_stop(d, unbound(d, v, v->ctx));
 	struct ctx *c = v->ctx >= 0 ? &d->ctx[v->ctx] : NULL;
 	struct ctx *in = v->incoming >= 0 ? &d->ctx[v->incoming] : NULL;
 	__u32 hwpt = v->hwpt;
@@ -620,6 +651,16 @@ static int dev_attach(struct simdev *d, struct dev *v, struct vfio_device_attach
 			object_free(c, pt);
 		return -EBADE;
 	}
+	/* What is bound of the group moves together, or not at all */
+	if (frozen && c->obj[old].type == IOMMU_OBJECT_HWPT_FROZEN && old != pt &&
+	    unbound(d, v, v->ctx)) {
+		if (made)
+			object_free(c, pt);
+		return -EBUSY;
+	}
+	for (int i = 0; i < MAX_DEV; i++)
+		if (same_group(v, &d->dev[i]) && d->dev[i].ctx == v->ctx && d->dev[i].hwpt)
+			d->dev[i].hwpt = pt;
 	v->hwpt = pt;
 	v->running = true;
 	a->pt_id = pt;

@@ -2,7 +2,8 @@
 /*
  * The devices of the simulated kernel: iommufds and VFIO devices, as far as they matter for
  * a handover. A device that runs must be attached to a page table at every moment, and
- * what the table maps must not change under it: whoever breaks that is remembered.
+ * what the table maps must not change under it: whoever breaks that is remembered. The
+ * functions of a slot are one IOMMU group: they move together, when all of them are bound.
  */
 #ifndef SIM_DEVICES_H
 #define SIM_DEVICES_H
