@@ -4,7 +4,8 @@
 A profile is QEMU arguments, what the kernel's command line needs for it, and the
 QEMU series it is meant for. A device is named by its kind; each gets a root port of its
 own, as passthrough devices have on a real host (`edu` has no PCIe capability and
-sits on the root bus).
+sits on the root bus). `+KIND` is another function of the device before it, and of its IOMMU
+group, as QEMU's devices have no ACS.
 """
 
 from .common import LabError
@@ -59,16 +60,22 @@ def device_args(kinds, netdevs, disks):
     @netdevs and @disks are iterators over ready-made ids of netdevs and drives;
     one is taken for each device that needs it.
     """
-    args = []
+    args, slot, function = [], -1, 0
     for i, kind in enumerate(kinds):
-        if kind not in DEVICES:
+        if kind.lstrip("+") not in DEVICES:
             raise LabError(f"no device named {kind}; there are {', '.join(DEVICES)}")
-        dev, net, disk, port = DEVICES[kind]
+        dev, net, disk, port = DEVICES[kind.lstrip("+")]
         bus = ""
-        if port:
-            args += ["-device", f"pcie-root-port,id=rp{i},slot={i + 1},chassis={i + 1},bus=pcie.0,"
-                     f"addr={FIRST_PORT + i:#x}"]
-            bus = f",bus=rp{i}"
+        if port and kind.startswith("+"):
+            function += 1
+            bus = f",bus=rp{slot},addr=0.{function}"
+        elif port:
+            slot, function = slot + 1, 0
+            args += ["-device", f"pcie-root-port,id=rp{slot},slot={slot + 1},chassis={slot + 1},"
+                     f"bus=pcie.0,addr={FIRST_PORT + slot:#x}"]
+            bus = f",bus=rp{slot}"
+            if kinds[i + 1:i + 2] and kinds[i + 1].startswith("+"):
+                bus += ",addr=0.0,multifunction=on"
         dev += f",id=dev{i}{bus}"
         if net:
             dev += f",netdev={next(netdevs)}"

@@ -247,7 +247,7 @@ class VM:
                         str(self.image), str(self.dir / "disk.qcow2")], check=True)
         qemu_ends = []
         for kind in self.devices:
-            if kind in ("e1000e", "igb", "virtio-net"):
+            if kind.lstrip("+") in ("e1000e", "igb", "virtio-net"):
                 ours, theirs = buffered_pair(socket.SOCK_DGRAM)
                 self.senders.append(ours)
                 qemu_ends.append(theirs)

@@ -17,8 +17,9 @@ from lablib.check import expect, test
 from lablib.sender import Sender
 
 NICS = ("e1000e", "igb")
-# The device that is preserved and the port above it; the other device is not.
-DEVICE, PORT = "01:00.0", "00:10.0"
+# The device that is preserved and the port above it; the other device is not, except where it is
+# the device's second function.
+DEVICE, SIBLING, PORT = "01:00.0", "01:00.1", "00:10.0"
 EVENTS = {
     "e1000e": ("e1000e_rx_written_to_guest", "e1000e_rx_desc_buff_write"),
     "igb": ("e1000e_rx_written_to_guest", "igb_rx_desc_buff_write"),
@@ -46,7 +47,7 @@ def forbidden(slot, offset, value):
     """
     if offset == COMMAND:
         return value & MEMORY_AND_MASTER != MEMORY_AND_MASTER
-    if slot == DEVICE:
+    if slot in (DEVICE, SIBLING):
         return not 0x160 <= offset < 0x1a0      # SR-IOV of an igb, which has no VFs
     return not (offset in (0x06, 0x1e, 0x3c) or     # status, interrupt line
                 0x48 <= offset < 0x54 or            # MSI-X
@@ -62,7 +63,8 @@ class Run:
     kernel's command line. @nexts are the builds that come after @kernel, if it is another one
     than that; @shared are files and folders for the share with the guest, with their names there.
     The run ends when the guest is off; without @judge it may say that something failed. @second
-    is the other device, @arguments are more for QEMU.
+    is the other device, which gets packets as well if it is a function of the first one;
+    @arguments are more for QEMU.
     """
 
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
@@ -70,7 +72,7 @@ class Run:
                  judge=True, second="e1000e", shared=(), arguments=()):
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
-        self.device, self.sender, self.sent = device, None, []
+        self.device, self.senders, self.sent, self.sibling_sent = device, [], [], []
         native = mode.startswith(("unplug", "error"))
         if native:      # without ASPM, the lab's kernels do not ask the firmware for control
             options += " pcie_ports=native"
@@ -88,8 +90,11 @@ class Run:
                 (shutil.copytree if path.is_dir() else shutil.copy)(path, vm.share / name)
             self.wait("READY")
             if device in NICS:
-                self.sender = Sender(vm.senders[0], rate, vm.dir / "sent")
+                self.senders = [Sender(vm.senders[0], rate, vm.dir / "sent")]
             try:
+                if second.startswith("+"):
+                    self.wait("BOTH")
+                    self.senders.append(Sender(vm.senders[1], rate, vm.dir / "sent-sibling"))
                 self.meanwhile(mode)
             finally:
                 self.stop_sending()
@@ -119,8 +124,9 @@ class Run:
         expect(not self.vm.alive(), "the guest did not come to its end")
 
     def stop_sending(self):
-        if self.sender:
-            self.sent, self.sender = self.sender.stop(), None
+        if self.senders:
+            self.sent, self.sibling_sent = ([s.stop() for s in self.senders] + [[]])[:2]
+            self.senders = []
 
     def reached(self, pattern):
         """Whether the guest says it before it is off."""
@@ -176,10 +182,14 @@ class Run:
         event = EVENTS[self.device][0]
         return sum(begin <= e.when <= end for e in self.trace({event}))
 
+    def ranges(self):
+        """(when it was said, address, length) of each piece of the workload's memory."""
+        return [(x.when, int(m.group(1), 16), int(m.group(2)) * 4096) for x in self.lines("MEMORY ")
+                if (m := re.search(r"at=(0x[0-9a-f]+) pages=(\d+)", x))]
+
     def strays(self):
         """DMA to addresses that are not the workload's memory."""
-        ranges = [(int(m.group(1), 16), int(m.group(2)) * 4096) for x in self.lines("MEMORY ")
-                  if (m := re.search(r"at=(0x[0-9a-f]+) pages=(\d+)", x))]
+        ranges = [r[1:] for r in self.ranges()]
         expect(ranges, "the guest did not say where its memory is")
         begin = self.started()
         return [hex(a) for when, a, n in self.transfers() if when > begin
@@ -190,7 +200,7 @@ class Run:
         spans = self.blackouts()
         return [f"{name} {slot} @{offset:#x} <- {value:#x}"
                 for when, name, slot, offset, value in trace.config_writes(self.vm.dir / "trace.log")
-                if slot in (DEVICE, PORT) and any(a <= when <= b for a, b in spans)
+                if slot in (DEVICE, SIBLING, PORT) and any(a <= when <= b for a, b in spans)
                 and forbidden(slot, offset, value)]
 
     def undisturbed(self, kexecs):
@@ -235,6 +245,38 @@ class Run:
                             f"blackouts of {min(spans):.1f} to {max(spans):.1f} s")
 
 
+class Functions(Run):
+    """The same with a device of two functions; each has a ring, memory and a sender of its own."""
+
+    def __init__(self, ctx, **kw):
+        super().__init__(ctx, second="+e1000e", **kw)
+
+    def sides(self):
+        """Of each function: what was sent, the counts, and its DMA in each blackout."""
+        ready, rows = self.lines("READY")[0].when, self.lines("RESULT ")[-2:]
+        expect(len(rows) == 2, f"not two functions: {rows}")
+        transfers = self.transfers()
+        for second, (sent, row) in enumerate(zip((self.sent, self.sibling_sent), rows)):
+            ranges = [r[1:] for r in self.ranges() if (r[0] > ready) == bool(second)]
+            yield (sent, {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", row)},
+                   [sum(a <= when <= b and any(at <= address < at + n for at, n in ranges)
+                        for when, address, _ in transfers) for a, b in self.blackouts()])
+
+    def no_packet_lost(self):
+        for sent, got, _ in self.sides():
+            expect(len(sent) == got["received"] and not got["incomplete"], f"sent {len(sent)}: {got}")
+
+    def nothing_lost(self, ctx, kexecs):
+        for number, (sent, got, landed) in enumerate(self.sides()):
+            lost = len(sent) - got["received"]
+            expect(lost == 0 and not got["lost"], f"{lost} of {len(sent)} packets lost: {got}")
+            expect(not (got["bad"] or got["doubled"] or got["incomplete"]), f"damage: {got}")
+            expect(len(landed) == kexecs and all(landed), f"no DMA in a blackout: {landed}")
+            ctx.figure(f"function {number}", f"{len(sent)} sent, {got['received']} landed, {lost} lost, "
+                                             f"{sum(landed)} during {kexecs} blackouts")
+        self.undisturbed(kexecs)
+
+
 FULL = "dma.fill=1 dma.irq=1"
 
 
@@ -257,6 +299,12 @@ def dma_of_an_igb_through_two_kexecs(ctx):
 def dma_of_an_nvme_through_two_kexecs(ctx):
     """Reads complete in the blackout, on eight queues, whose eight vectors fire afterwards."""
     Run(ctx, device="nvme", kexecs=2, options=FULL).all_read(ctx, 2)
+
+
+@test(part="dma")
+def both_functions_of_a_device_through_two_kexecs(ctx):
+    """Without an IOMMU they have nothing to do with each other but their slot and their port."""
+    Functions(ctx, mode="functions", kexecs=2, options=FULL).nothing_lost(ctx, 2)
 
 
 @test()

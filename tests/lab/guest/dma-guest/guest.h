@@ -63,7 +63,7 @@
 #define PCI_DEVICE	"/sys/bus/pci/devices/"
 
 enum { TOK_MEM = 1, TOK_IOMMUFD = 2, TOK_DEV = 3, TOK_MORE = 5, TOK_DEV2 = 6,
-       TOK_LARGE = 16 /* and the seven that follow */ };
+       TOK_MEM2 = 7, TOK_LARGE = 16 /* and the seven that follow */ };
 
 struct nic_state {
 	uint32_t next;		/* descriptor to look at next */
@@ -164,6 +164,21 @@ void make_large(void);
 void map_large(uint32_t ioas);
 void preserve_large(void);
 void retrieve_large(void);
+
+/* functions.c: those without a mode's place in their name do nothing in other modes */
+void functions_first(void);
+void functions_left_first(void);
+void functions_last(void);
+void functions_replaced(void);
+void __attribute__((noreturn)) functions_unbound_next(int stage);
+void __attribute__((noreturn)) functions_stopped_next(int stage);
+void functions_lost_next(int stage);
+void functions_deadline_first(void);
+void __attribute__((noreturn)) functions_deadline_next(int stage);
+void functions_preserve_memory(void);
+void functions_retrieve_memory(void);
+void functions_map(uint32_t ioas);
+void functions_bind(bool claim);
 
 /* iommu.c */
 extern int iommufd;
@@ -281,6 +296,8 @@ void faults_boot_first(void);
 void faults_boot_next(int stage);
 
 void set_deadline(uint32_t ms);
+void failing_reboot(const char *why, int error);
+uint32_t refusal(void);
 bool dma_goes_on(void);
 void __attribute__((noreturn)) deadline_next(int stage);
 void __attribute__((noreturn)) quiesced(void);

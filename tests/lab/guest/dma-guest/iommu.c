@@ -61,6 +61,7 @@ void make_ioas(void)
 	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, mem_iova), "IOAS_MAP_FILE");
 	map_areas();
 	map_large(ioas_id);
+	functions_map(ioas_id);
 }
 
 uint64_t get_pa(uint64_t iova)

@@ -137,6 +137,7 @@ void preserve_all(void)
 
 	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
 	preserve_large();
+	functions_preserve_memory();
 	if (atoi(param("dma.more", "0")))
 		preserve_more();
 	t1 = now();

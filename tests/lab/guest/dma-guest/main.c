@@ -92,6 +92,7 @@ static void retrieve_memfd(int stage)
 	must(memfd, "retrieve memfd");
 	map_mem();
 	retrieve_large();
+	functions_retrieve_memory();
 	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
 }
 
@@ -197,6 +198,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	bind = now() - t0;
 	if (claim)
 		map_bar();
+	functions_bind(claim);
 	replace_unequal();
 	if (mode->bound)
 		mode->bound();

@@ -143,7 +143,7 @@ bool dma_goes_on(void)
 }
 
 /* reboot(2) that must fail, with the device going on as if nothing had happened. */
-static void failing_reboot(const char *why, int error)
+void failing_reboot(const char *why, int error)
 {
 	int ret;
 
@@ -500,7 +500,7 @@ static void pending_last(void)
 	}
 }
 
-static uint32_t refusal(void)
+uint32_t refusal(void)
 {
 	struct iommu_liveupdate_status status = { .size = sizeof(status) };
 
@@ -632,11 +632,11 @@ static void refuse_devices(const char *what, const char *const *bdfs, uint32_t r
 static void refused_devices_first(void)
 {
 	static const char *const ats[] = { "0000:02:00.0", NULL };
-	static const char *const functions[] = { "0000:03:00.0", "0000:03:00.1", NULL };
+	static const char *const function[] = { "0000:03:00.0", NULL };
 	static const char *const alias[] = { "0000:05:01.0", NULL };
 
 	refuse_devices("a device with ATS", ats, IOMMU_LIVEUPDATE_DEVICE_ATS);
-	refuse_devices("two devices of a group", functions, IOMMU_LIVEUPDATE_DRIVER);
+	refuse_devices("one of two devices of a group", function, IOMMU_LIVEUPDATE_GROUP);
 	refuse_devices("a device behind a PCI bridge", alias, IOMMU_LIVEUPDATE_DRIVER);
 	run_for(1);
 	create_session("dma");
@@ -957,6 +957,17 @@ const struct mode *find_mode(const char *name)
 		{ .name = "refused-devices", .first = refused_devices_first, .stays = true },
 		{ .name = "pair", .first = pair_first, .last = pair_last, .bound = pair_bound,
 		  .replaced = pair_replaced },
+		{ .name = "functions", .first = functions_first, .last = functions_last,
+		  .replaced = functions_replaced },
+		{ .name = "functionsleft", .first = functions_left_first, .stays = true },
+		{ .name = "functionsunbound", .first = functions_first, .last = functions_last,
+		  .next = functions_unbound_next },
+		{ .name = "functionsstopped", .first = functions_first, .last = functions_last,
+		  .next = functions_stopped_next },
+		{ .name = "functionsdeadline", .first = functions_deadline_first,
+		  .last = functions_last, .next = functions_deadline_next },
+		{ .name = "functionslost", .first = functions_first, .last = functions_last,
+		  .next = functions_lost_next },
 		{ .name = "noretrieve", .next = noretrieve_next },
 		{ .name = "lastclose", .next = lastclose_next },
 		{ .name = "abandon", .next = abandon_next },

@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * The device has a second function, which is in the same IOMMU group if there is an IOMMU.
+ *
+ * Both are bound to one context and attached to one HWPT, and each has a ring in a memfd of
+ * its own, at a place of its own in the IOAS. What drives a device knows of one: turn() makes
+ * the other function the one that all globals are about, and a driver that looks like one
+ * drives both.
+ */
+
+#include "guest.h"
+#include <linux/iommufd.h>
+
+#define BDF_SIBLING	"0000:01:00.1"
+#define IOVA_SIBLING	(1ull << 32)	/* from the memory of the one to that of the other */
+
+struct function {
+	uint8_t *mem;
+	struct state *st;
+	int memfd;
+	uint64_t iova;
+	int dev;
+	uint32_t dev_id;
+	volatile uint8_t *bar;
+};
+
+static struct function other = { .memfd = -1, .dev = -1 };
+static const struct driver *one;
+static struct driver both;
+
+static void turn(void)
+{
+	struct function f = {
+		.mem = mem, .st = st, .memfd = memfd, .iova = mem_iova,
+		.dev = dev, .dev_id = dev_id, .bar = bar,
+	};
+
+	mem = other.mem;
+	st = other.st;
+	memfd = other.memfd;
+	mem_iova = other.iova;
+	dev = other.dev;
+	dev_id = other.dev_id;
+	bar = other.bar;
+	other = f;
+}
+
+static bool used(void)
+{
+	return !strncmp(mode->name, "functions", strlen("functions"));
+}
+
+static uint64_t take_both(bool give)
+{
+	uint64_t n;
+
+	driver = one;
+	n = driver->take(give);
+	turn();
+	if (mem)
+		n += driver->take(give);
+	turn();
+	driver = &both;
+	return n;
+}
+
+static void resume_both(void)
+{
+	driver = one;
+	driver->resume();
+	turn();
+	driver->resume();
+	turn();
+	driver = &both;
+}
+
+static void report_both(void)
+{
+	driver = one;
+	driver->report();
+	turn();
+	driver->report();
+	turn();
+	driver = &both;
+}
+
+static void drive_both(void)
+{
+	one = driver;
+	both = *one;
+	both.take = take_both;
+	both.resume = resume_both;
+	both.report = report_both;
+	driver = &both;
+}
+
+void functions_first(void)
+{
+	bind_vfio_pci(BDF_SIBLING);
+	other.iova = mem_iova + IOVA_SIBLING;
+	other.memfd = new_memfd("sibling", MEM_SIZE);
+	turn();
+	map_mem();
+	memset(mem, 0, MEM_SIZE);
+	dev = open_dev(1);
+	check(dev, "open second function");
+	must(try_bind(), "bind second function");
+	must(try_map_file(ioas_id, memfd, 0, MEM_SIZE, mem_iova), "map second memfd");
+	must(try_attach(ioas_id), "attach second function");
+	map_bar();
+	bus_master(dev);
+	note_pages();
+	driver->start(false);
+	turn();
+	drive_both();
+	say("BOTH");
+	run_for(1);
+}
+
+/* With that of the device, before the context. */
+void functions_preserve_memory(void)
+{
+	if (used() && other.memfd >= 0)
+		must(try_preserve(other.memfd, TOK_MEM2), "preserve second memfd");
+}
+
+void functions_last(void)
+{
+	must(try_preserve(other.dev, TOK_DEV2), "preserve second function");
+}
+
+/* A function that is attached and would not go along. */
+void functions_left_first(void)
+{
+	functions_first();
+	load_kernel(2, 0, "");
+	create_session("dma");
+	preserve_all();
+	failing_reboot("reboot with a function that is not preserved", EBUSY);
+	functions_last();
+	run_for(0.5);
+	end_session();
+	run_for(1);
+}
+
+static void retrieve_memory(void)
+{
+	other.iova = mem_iova + IOVA_SIBLING;
+	other.memfd = try_retrieve(TOK_MEM2);
+	must(other.memfd, "retrieve second memfd");
+}
+
+void functions_retrieve_memory(void)
+{
+	if (!used())
+		return;
+	retrieve_memory();
+	turn();
+	map_mem();
+	turn();
+	drive_both();
+}
+
+void functions_map(uint32_t ioas)
+{
+	if (used() && other.memfd >= 0)
+		must(try_map_file(ioas, other.memfd, 0, MEM_SIZE, other.iova), "map second memfd");
+}
+
+/* The first function is bound, and would take the other one along. */
+static void move_one(void)
+{
+	int ret;
+
+	if (!iommu)
+		return;
+	make_ioas();
+	ret = try_attach(ioas_id);
+	verdict(ret == -EBUSY && refusal() == IOMMU_LIVEUPDATE_GROUP,
+		"replace with a function that is not bound", ret);
+	try_destroy(ioas_id, 0, "destroy the IOAS");
+}
+
+void functions_bind(bool claim)
+{
+	if (!used())
+		return;
+	move_one();
+	other.dev = try_retrieve(TOK_DEV2);
+	must(other.dev, "retrieve second function");
+	move_one();
+	turn();
+	must(try_bind(), "bind second function");
+	if (claim)
+		map_bar();
+	turn();
+}
+
+/* Behind an IOMMU both have moved with the first one, and go back and forth with the other. */
+void functions_replaced(void)
+{
+	uint32_t frozen = find_frozen();
+
+	must(attach_dev(other.dev, ioas_id), "attach second function");
+	turn();
+	check_pages();
+	turn();
+	run_for(0.2);
+	if (!iommu)
+		return;
+	must(attach_dev(other.dev, frozen), "move both back");
+	run_for(0.2);
+	try_destroy(frozen, -EBUSY, "destroy the frozen HWPT in use");
+	must(try_attach(ioas_id), "move both again");
+}
+
+static void retrieve_memories(void)
+{
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	retrieve_memory();
+}
+
+/* One function is bound, the other one never: both have to be stopped. */
+void functions_unbound_next(int stage)
+{
+	(void)stage;
+	retrieve_memories();
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	must(iommufd, "retrieve iommufd");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	must(try_bind(), "bind");
+	move_one();
+	say("%s the second function runs", is_master(BDF_SIBLING) ? "ok" : "FAIL");
+	close(dev);
+	close(iommufd);
+	close(memfd);
+	close(other.memfd);
+	end_session();
+	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
+	say("%s the second function is stopped", is_master(BDF_SIBLING) ? "FAIL" : "ok");
+	quiesced();
+}
+
+static void not_there(uint64_t token, const char *bdf)
+{
+	int ret = try_retrieve(token);
+
+	say("%s %s is stopped", is_master(bdf) ? "FAIL" : "ok", bdf);
+	verdict(ret == -ENODEV, "retrieve a function that was stopped", ret);
+}
+
+/* One function cannot be taken over by the IOMMU: both have to be stopped. */
+void functions_stopped_next(int stage)
+{
+	(void)stage;
+	retrieve_memories();
+	not_there(TOK_DEV, BDF);
+	not_there(TOK_DEV2, BDF_SIBLING);
+	close(memfd);
+	close(other.memfd);
+	end_session();
+	quiesced();
+}
+
+/* The other function was stopped when it was found: the first goes on, and moves alone. */
+void functions_lost_next(int stage)
+{
+	retrieve_memories();
+	map_mem();
+	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
+	not_there(TOK_DEV2, BDF_SIBLING);
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	must(iommufd, "retrieve iommufd");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	must(try_bind(), "bind");
+	make_ioas();
+	must(try_attach(ioas_id), "attach");
+	map_bar();
+	driver->resume();
+	try_destroy(find_frozen(), 0, "destroy the frozen HWPT");
+	must(try_finish(), "finish");
+	end_session();
+	run_for(2);
+}
+
+void functions_deadline_first(void)
+{
+	functions_first();
+	set_deadline(20000);
+	turn();
+	set_deadline(5000);
+	turn();
+}
+
+/* Nobody comes, and the second function is stopped first. The other one is, much later. */
+void functions_deadline_next(int stage)
+{
+	(void)stage;
+	for (int i = 0; i < 1500 && is_master(BDF_SIBLING); i++)
+		usleep(10000);
+	say("ONE is stopped: %s the second, %s the first runs", is_master(BDF_SIBLING) ? "FAIL" : "ok",
+	    is_master(BDF) ? "ok" : "FAIL");
+	for (int i = 0; i < 2500 && is_master(BDF); i++)
+		usleep(10000);
+	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
+	quiesced();
+}
