@@ -18,7 +18,8 @@
  *		acknowledge; then register, for the next kexec or crash of this program.
  * With several devices (--device more than once) each has a part of the memfd for its ring,
  * buffers and counters, and all are in one IOAS: the first one with a page table of its own, the
- * others with the one that the kernel makes by itself.
+ * others with the one that the kernel makes by itself. With --group it is this one for all, as the
+ * devices of an IOMMU group can have but one.
  *
  * --alone: without khod, to see what gets lost then.
  * --lease: registered so that mappings can be changed until khod asks to be ready for a
@@ -116,7 +117,7 @@ struct nic {
 	struct port ports[MAX_PORTS];
 	size_t n_ports;
 	uint32_t handovers;
-	bool lease;
+	bool lease, group;
 	bool ready;		/* khod has preserved all: nothing can be changed */
 };
 
@@ -483,7 +484,7 @@ static void start(struct nic *n)
 		r = kho_vfio_bind(n->kho, p->dev, n->iommufd, &id, &err);
 		if (r < 0)
 			die("device", r, err);
-		attach(n, p, id, i == 0);
+		attach(n, p, id, i == 0 && !n->group);
 		p->state->ioas = n->ioas;
 		p->state->extra = 0;
 		p->state->noiommu = is_noiommu(n->devices[i]);
@@ -567,6 +568,7 @@ int main(int argc, char **argv)
 	static const struct option options[] = {
 		{ "alone", no_argument, NULL, 'a' },
 		{ "device", required_argument, NULL, 'd' },
+		{ "group", no_argument, NULL, 'g' },
 		{ "lease", no_argument, NULL, 'l' },
 		{ "name", required_argument, NULL, 'n' },
 		{ "socket", required_argument, NULL, 's' },
@@ -591,6 +593,9 @@ int main(int argc, char **argv)
 			if (n.n_ports == MAX_PORTS)
 				die("--device", -E2BIG, NULL);
 			n.devices[n.n_ports++] = optarg;
+			break;
+		case 'g':
+			n.group = true;
 			break;
 		case 'l':
 			n.lease = true;

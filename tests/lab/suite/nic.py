@@ -266,23 +266,23 @@ def packets_are_lost_without_khod(ctx):
 
 NIC = "/usr/lib/khod/tests/nic"
 # Workload: its user and its devices, by slot; "nic" is lab-nic.service's.
-OTHERS = {"pair": ("daemon", ("02", "03")), "idle": ("games", ("04",))}
+OTHERS = {"pair": ("daemon", ("02:00.0", "03:00.0")), "idle": ("games", ("04:00.0",))}
 
 
-def start_driver(vm, name):
+def start_driver(vm, name, others=None, options=""):
     """The driver of @name as a service of its user, in a unit that has the same name each time."""
-    user, slots = OTHERS[name]
+    user, slots = (others or OTHERS)[name]
     vm.run(f"""chmod 666 /dev/iommu; set --
 for s in {' '.join(slots)}; do
-	d=/sys/bus/pci/devices/0000:$s:00.0
-	[ -e $d/driver ] || {{ echo vfio-pci > $d/driver_override; echo 0000:$s:00.0 > /sys/bus/pci/drivers_probe; }}
+	d=/sys/bus/pci/devices/0000:$s
+	[ -e $d/driver ] || {{ echo vfio-pci > $d/driver_override; echo 0000:$s > /sys/bus/pci/drivers_probe; }}
 	node=/dev/vfio/devices/$(ls $d/vfio-dev)
 	chown {user} $node
 	set -- "$@" --device $node
 done
 systemd-run --quiet --collect --unit=lab-{name} -p User={user} -p LimitMEMLOCK=infinity \
 	-p RuntimeDirectory=lab-{name} -p After=khod-restored.target \
-	{NIC} --name {name} --status /run/lab-{name}/status "$@"
+	{NIC} --name {name} {options} --status /run/lab-{name}/status "$@"
 for i in $(seq 300); do grep -qs status=running /run/lab-{name}/status && exit 0; sleep 0.2; done
 journalctl --no-pager -n 20 -u lab-{name} >&2; exit 1""", 120)
 
@@ -350,6 +350,36 @@ def several_workloads_of_different_users(ctx):
         dma = nic.dma_times(vm)
         expect(len(dma) == total, f"{total} packets sent, {len(dma)} written by DMA")
         ctx.figure("packets", f"{total} sent to 4 devices, {len(dma)} by DMA, all seen")
+
+
+@test(part="nic", kernels=A_AND_B)
+def a_workload_with_a_whole_iommu_group(ctx):
+    """Two functions of a slot under one page table over two kexecs, claimed after the second one."""
+    group = {"group": ("daemon", ("02:00.0", "02:00.1"))}
+    with ctx.vm(memory="1G", machine="vtd-legacy", devices=["e1000e", "e1000e", "+e1000e"],
+                append="lab.nic", trace=nic.EVENTS) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        start_driver(vm, "group", group, "--group")
+        groups = vm.run("for f in 0 1; do readlink /sys/bus/pci/devices/0000:02:00.$f/iommu_group; done")
+        expect(len(set(groups.out.split())) == 1, f"not one group: {groups.out}")
+        senders = [Sender(s, 300, vm.dir / f"sent{i}") for i, s in enumerate(vm.senders)]
+        time.sleep(2)
+        for round_ in (1, 2):
+            vm.kexec(ctx.kernel(release="-b" if round_ == 1 else ""))
+            khod.settled()
+            w = json.loads(vm.run("khoctl show group --json").out)
+            expect(w["outcome"] == "restored" and w["handovers"] == round_, w)
+            nic.wait_running(vm, 180)
+        start_driver(vm, "group", group, "--group")
+        time.sleep(2)
+        sent = [len(s.stop()) for s in senders]
+        for name, path, n in (("nic", nic.STATUS, sent[0]),
+                              ("group", "/run/lab-group/status", sent[1] + sent[2])):
+            got = counted(vm, path, n)
+            expect(got["seen"] == n and not (got["lost"] or got["duplicates"] or got["foreign"]),
+                   f"{name}: {n} packets sent, {got}")
+        ctx.figure("packets", f"{sum(sent)} sent to 3 devices, all seen")
 
 
 LEASE = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
