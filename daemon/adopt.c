@@ -110,6 +110,7 @@ struct group {
 	int secured;			/* what secure() returned, and @err why */
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
+	bool expired;			/* because nobody claimed it; said already */
 	struct kho_error *lost;		/* why a file is not there, without which devices cannot go on */
 	bool memory_lost;		/* @lost is about the first of these: */
 	bool missing[KHO_IMAGE_FILES_MAX];	/* memfds that are lost, by their place in the image */
@@ -697,6 +698,9 @@ static int prepare(struct khod *k, struct group *g, struct kho_error **err)
 	if (g->prepared)
 		return 0;
 	kho_image_set_handovers(g->w->image, kho_image_handovers(g->w->image) + 1);
+	r = kho_image_set_arrived(g->w->image, k->boot_id, boottime_usec(), err);
+	if (r < 0)
+		return r;
 	fd = kho_image_write_memfd(k->kho, g->w->image, err);
 	if (fd < 0)
 		return fd;
@@ -773,6 +777,9 @@ static int preserve_again(struct khod *k, struct group *g, struct kho_error **er
 {
 	int r = workload_preserve(k, g->w, g->w->fds, true, err);
 
+	/* Prepared by the kernel before, which was replaced in the middle of it. */
+	if (r >= 0 && !g->quiesced && !kho_image_arrived_usec(g->w->image, k->boot_id))
+		r = kho_image_set_arrived(g->w->image, k->boot_id, boottime_usec(), err);
 	if (r >= 0)
 		r = image_commit(k, g->w->image, g->w->session, err);
 	if (r >= 0)
@@ -821,7 +828,7 @@ static int transfer(struct khod *k, struct group *g, struct kho_error **err)
 	if (r < 0)
 		goto out;
 	timeline_ended(k, KHO_MARK_FINISHED, w->name);
-	if (g->quiesced) {
+	if (g->quiesced && !g->expired) {
 		FAULT(QUIESCE_STOPPED);
 		log_event(LOG_ERR, MSG_QUIESCED, w->name,
 			  "The devices of workload %s have been stopped%s: %s.", w->name,
@@ -1031,6 +1038,163 @@ static void transfer_all(struct khod *k, struct group *groups)
 			settle(k, g, r < 0 ? r : BROUGHT);
 		}
 	}
+}
+
+/* The image that is left when devices are given up that run: no devices, by its policy no files. */
+static int given_up_image(const struct kho_image *image, const char *why, struct kho_image **ret,
+			  struct kho_error **err)
+{
+	_cleanup_image_ struct kho_image *copy = NULL;
+	_cleanup_free_ void *buf = NULL;
+	size_t size;
+	int r;
+
+	r = kho_image_encode(image, &buf, &size, err);
+	if (r >= 0)
+		r = kho_image_decode(buf, size, &copy, err);
+	if (r < 0)
+		return r;
+	kho_image_drop_devices(copy);
+	if (kho_image_restore_failure(copy) == KHO_RESTORE_FAILURE_RELEASE)
+		while (kho_image_n_files(copy) > 0)
+			kho_image_drop_file(copy, 0);
+	kho_image_set_outcome(copy, KHO_OUTCOME_QUIESCED, why);
+	*ret = TAKE_PTR(copy);
+	return 0;
+}
+
+/* The memory that @left has, then @left, which decides: into the fd store, beside the session. */
+static int decide(struct khod *k, struct group *g, const struct kho_image *left, struct kho_error **err)
+{
+	struct workload *w = g->w;
+	int fd, r = 0, late;
+
+	fdstore_batch(&k->fdstore);
+	for (size_t i = 0; r >= 0 && i < workload_n_files(w); i++) {
+		struct kho_image_file f = {};
+		bool kept = false;
+
+		kho_image_file(w->image, i, &f);
+		for (size_t j = 0; j < kho_image_n_files(left); j++) {
+			struct kho_image_file l = {};
+
+			kho_image_file(left, j, &l);
+			kept |= l.token == f.token;
+		}
+		if (!kept)
+			continue;
+		fd = w->fds ? w->fds[i] : kho_luo_retrieve(k->kho, w->session, f.token, err);
+		r = fd < 0 ? fd : into_transit(k, g, f.token, fd, err);
+		if (!w->fds)
+			kho_close(k->kho, fd);
+	}
+	fd = r < 0 ? r : kho_image_write_memfd(k->kho, left, err);
+	r = fd < 0 ? fd : into_transit(k, g, TOKEN_QUIESCED, fd, err);
+	kho_close(k->kho, fd);
+	late = fdstore_confirm(&k->fdstore, w->name, r < 0 ? NULL : err);
+	return r < 0 ? r : late;
+}
+
+static void close_kind(struct khod *k, struct workload *w, enum kho_file_kind kind)
+{
+	for (size_t i = 0; w->fds && i < workload_n_files(w); i++) {
+		struct kho_image_file f = {};
+
+		kho_image_file(w->image, i, &f);
+		if (f.kind == kind)
+			w->fds[i] = kho_close(k->kho, w->fds[i]);
+	}
+}
+
+/* All steps of one workload. */
+static int bring_and_transfer(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = bring(k, g, err), late;
+
+	if (r < 0)
+		return r;
+	fdstore_batch(&k->fdstore);
+	r = secure(k, g, err);
+	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
+	if (r < 0 || late < 0)
+		return r < 0 ? r : late;
+	return transfer(k, g, err);
+}
+
+/*
+ * From the resting state to the state that quiesce() leaves behind, and on from there as at start.
+ *
+ *	1  the memory that is kept into the fd store, and the image without devices: "transit"
+ *	2  the session out of the store and closed: the devices are stopped	from here on: given up
+ *	3  steps 3 and 6 to 8 of the above
+ *
+ * Died before 2: the session is complete, so the next khod finds the workload at rest, drops what
+ * is in transit, and begins again. After 2: it finds what an interrupted quiesce leaves. The same holds
+ * for a kexec, but that before 2 the image in transit decides, and the devices are stopped
+ * with the incoming session. The iommufd pins the memory until devices cannot write to it any more.
+ */
+int workload_give_up(struct khod *k, struct workload *w, const char *why, struct kho_error **err)
+{
+	struct group g = { .w = w, .prepared = true, .quiesced = true, .expired = true };
+	char session[KHO_LUO_NAME_MAX], fdname[FDSTORE_NAME_MAX];
+	_cleanup_image_ struct kho_image *left = NULL;
+	int r;
+
+	FAULT(EXPIRE_BEGIN);
+	/* What could not be taken out again when this failed the last time. */
+	for (size_t i = 0; i < w->n_stored; i++) {
+		char name[KHO_NAME_MAX + 1];
+		uint64_t token;
+
+		if (transit_parse(w->stored[i].fdname, name, &token) &&
+		    transit_add(&g, token, w->stored[i].fdname, w->stored[i].fd) < 0) {
+			free(g.transits);
+			return kho_error_new(err, ENOMEM, w->name, "out of memory");
+		}
+	}
+	strcpy(session, w->session_name);
+	session_fdname(session, fdname);
+	r = given_up_image(w->image, why, &left, err);
+	if (r >= 0)
+		r = decide(k, &g, left, err);
+	if (r >= 0)
+		FAULT(EXPIRE_DECIDED);
+	if (r >= 0)
+		r = workload_unstore(k, w, fdname, err);
+	if (r < 0) {
+		/* What stays there is dropped by the next khod, or with the workload. */
+		(void)transits_drop(k, &g, NULL);
+		free(g.transits);
+		return r;
+	}
+	FAULT(EXPIRE_REMOVED);
+
+	close_kind(k, w, KHO_FILE_VFIO);
+	close_kind(k, w, KHO_FILE_IOMMUFD);
+	w->session = kho_close(k->kho, w->session);
+	w->session_name[0] = 0;
+	session_await_end(k, session);
+	close_kind(k, w, KHO_FILE_MEMFD);
+	free(w->fds);
+	w->fds = NULL;
+	kho_image_free(w->image);
+	w->image = TAKE_PTR(left);
+	FAULT(EXPIRE_STOPPED);
+
+	r = bring_and_transfer(k, &g, err);
+	if (r < 0) {
+		workload_fail(w, err, r);
+		drop_partial_fds(k, w);
+		log_event(LOG_ERR, MSG_FAILED, w->name,
+			  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
+			  w->name, workload_reason(w));
+	} else {
+		settle_fds(k, w);
+	}
+	free(g.transits);
+	khod_idle(k);
+	khod_status_line(k);
+	return 0;
 }
 
 static int retrieve_session(struct khod *k, const char *session, struct kho_error **err)

@@ -45,6 +45,11 @@
 	X(QUIESCE_DECIDED, "quiesce-decided", "quiesce",                                           \
 	  "restore failed and undone; the image without devices is in the fd store")               \
 	X(QUIESCE_STOPPED, "quiesce-stopped", "quiesce", "devices closed and so stopped")          \
+	X(EXPIRE_BEGIN, "expire-begin", "expire", "nobody has claimed it in time, nothing done")   \
+	X(EXPIRE_DECIDED, "expire-decided", "expire",                                              \
+	  "memory that is kept, and the image without devices, in the fd store")                   \
+	X(EXPIRE_REMOVED, "expire-removed", "expire", "session out of the fd store")               \
+	X(EXPIRE_STOPPED, "expire-stopped", "expire", "session closed: its devices are stopped")   \
 	X(START_INCOMING_TRANSIT_STORED, "start-incoming-transit-stored", "start-incoming",        \
 	  "image or one file itself in the fd store")                                              \
 	X(START_INCOMING_SESSION_CREATED, "start-incoming-session-created", "start-incoming",      \

@@ -64,6 +64,7 @@ void khod_status_line(struct khod *k)
 			   failed ? "; some FAILED, see khoctl list" : "");
 	manifest_write(k);
 	inhibit_update(k);
+	deadline_update(k);
 }
 
 static uint64_t user_bytes(void)
@@ -281,6 +282,8 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	khod_status_line(&k);
 	log_event(LOG_INFO, MSG_STARTED, NULL, "khod " KHO_VERSION " is ready%s.",
 		  KHOD_WITH_FAULT_POINTS ? " (a test build with fault points)" : "");
+	/* Before a client is heard: while khod did not run, time may have run out. */
+	deadline_check(&k);
 
 	r = sd_event_loop(k.event);
 	if (r >= 0)
@@ -299,6 +302,7 @@ out:
 	server_stop(&k);
 	handover_stop(&k);
 	inhibit_stop(&k);
+	sd_event_source_disable_unref(k.deadline);
 	while (k.workloads)
 		workload_free(&k, k.workloads);
 	free(passed);

@@ -70,6 +70,7 @@ struct stored {
  * @prepare: what its client has answered
  * @prepare_msec: how long it may take to answer
  * @deadline: while it is asked: until when, CLOCK_MONOTONIC
+ * @claim_retry: it could not be given up when its time had run out: not again before this, CLOCK_BOOTTIME
  * @image: what is known; NULL if it cannot be read
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
  * @stored: everything of this workload in the fd store
@@ -89,6 +90,7 @@ struct workload {
 	enum prepare prepare;
 	uint32_t prepare_msec;
 	uint64_t deadline;
+	uint64_t claim_retry;
 	struct kho_image *image;
 	int *fds;
 	struct stored *stored;
@@ -188,6 +190,7 @@ struct khod {
 	struct timeline_log timeline;
 	struct workload *workloads;
 	struct group *brought;		/* between adopt() and adopt_rest() */
+	sd_event_source *deadline;	/* deadline.c: of the claim that has the least time */
 	struct connection *connections;
 	unsigned int n_connections;
 	sd_event_source *listen_source;
@@ -226,6 +229,7 @@ struct registration {
 	enum kho_survival survival;
 	enum kho_restore_failure restore_failure;
 	uint32_t prepare_msec;
+	uint32_t claim_sec;
 	char *const *names;	/* one per file */
 	const int *fds;		/* borrowed */
 	size_t n;
@@ -358,6 +362,28 @@ int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *sessi
  * its files are here.
  */
 void adopt(struct khod *k, struct passed *passed, size_t n);
+/**
+ * workload_give_up() - stop the devices of a workload at rest, keep or free its memory by its policy
+ * @why: one sentence, for its image
+ *
+ * What a client gets from then on is what a failed restore would have left.
+ * Return: 0; -errno: it is held as before, or failed, with nothing of it discarded.
+ */
+int workload_give_up(struct khod *k, struct workload *w, const char *why, struct kho_error **err);
+
+/* deadline.c */
+/** boottime_usec() - CLOCK_BOOTTIME */
+uint64_t boottime_usec(void);
+/**
+ * deadline_left() - how long a claim of the workload is still waited for
+ *
+ * Return: us; 0: its time is up; UINT64_MAX: nothing ends by itself.
+ */
+uint64_t deadline_left(const struct khod *k, const struct workload *w);
+/** deadline_check() - give up what nobody has claimed in time, and wait for the next one */
+void deadline_check(struct khod *k);
+/** deadline_update() - what is held has changed */
+void deadline_update(struct khod *k);
 
 /**
  * adopt_rest() - preserve once more, for the next kexec, what adopt() brought back
@@ -379,6 +405,8 @@ int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_
 /** session_parse() - is @session one of ours? then the workload's name and the origin */
 bool session_parse(const char *session, char name[KHO_NAME_MAX + 1], char *origin);
 void session_fdname(const char *session, char fdname[FDSTORE_NAME_MAX]);
+/** session_await_end() - after the last close of our own: wait until nothing has it any more */
+void session_await_end(struct khod *k, const char *session);
 /** session_open() - an outgoing session for the workload, in the fd store */
 int session_open(struct khod *k, struct workload *w, struct kho_error **err);
 /** image_commit() - write the image and preserve it: the last step of both */

@@ -103,6 +103,7 @@ static void claim_abandon(struct connection *c)
 	c->claiming->state = c->claiming_from;
 	c->claiming = NULL;
 	inhibit_update(c->k);
+	deadline_update(c->k);
 }
 
 /*
@@ -390,6 +391,7 @@ static int take_policy(const Kho__Control__Policy *p, struct registration *reg)
 		p->restore_failure == KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE ?
 			KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE;
 	reg->prepare_msec = p->prepare_msec ? p->prepare_msec : PREPARE_MSEC;
+	reg->claim_sec = p->claim_sec;
 	return 0;
 }
 
@@ -848,8 +850,10 @@ static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
 	return KHO__CONTROL__WORKLOAD_STATE__STATE_UNSPECIFIED;
 }
 
-static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
+static void to_info(const struct khod *k, struct workload *w, Kho__Control__WorkloadInfo *info)
 {
+	uint64_t left = deadline_left(k, w);
+
 	kho__control__workload_info__init(info);
 	info->name = w->name;
 	info->state = state_to_wire(w->state);
@@ -867,11 +871,14 @@ static void to_info(struct workload *w, Kho__Control__WorkloadInfo *info)
 		info->handovers = kho_image_handovers(w->image);
 		info->registered_realtime_usec = kho_image_registered_usec(w->image);
 		info->secret = kho_image_has_secret(w->image);
+		info->claim_sec = kho_image_claim_sec(w->image);
 		if (kho_image_restore_failure(w->image) == KHO_RESTORE_FAILURE_RELEASE)
 			info->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE;
 		info->outcome = (Kho__Control__Outcome)kho_image_outcome(w->image);
 		info->outcome_reason = (char *)kho_image_reason(w->image);
 	}
+	/* The last moment of it is not "for ever". */
+	info->claim_left_sec = left == UINT64_MAX ? 0 : 1 + (uint32_t)(left / 1000000);
 	info->count = workload_n_files(w);
 	info->bytes = workload_bytes(w);
 }
@@ -903,7 +910,7 @@ static int on_list(struct connection *c, uint64_t serial)
 
 		if (!workload_visible(w, &c->who))
 			continue;
-		to_info(w, &info[n]);
+		to_info(c->k, w, &info[n]);
 		infop[n] = &info[n];
 		size = kho__control__workload_info__get_packed_size(&info[n]);
 		n++;
@@ -938,7 +945,7 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	filep = calloc(n + 1, sizeof(*filep));
 	if (!files || !filep)
 		return reply_error(c, serial, ENOMEM, w->name, "khod is out of memory", false);
-	to_info(w, &info);
+	to_info(c->k, w, &info);
 	for (size_t i = 0; i < n; i++) {
 		struct kho_image_file f = {};
 

@@ -231,10 +231,10 @@ int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_
 }
 
 /*
- * After the last close of our own: PID 1 closes what it takes out of its store a little later than
+ * PID 1 closes what it takes out of its store a little later than
  * it says so. A session is gone when another one can have its name.
  */
-static void session_await_end(struct khod *k, const char *session)
+void session_await_end(struct khod *k, const char *session)
 {
 	for (int try = 0; session[0] && try < 100; try++) {
 		int fd = kho_luo_session_create(k->kho, session, NULL);
@@ -375,6 +375,7 @@ static int build_image(struct khod *k, const struct registration *reg, const str
 		return r;
 	kho_image_set_registered_usec(image, now_usec());
 	kho_image_set_policy(image, reg->survival, reg->restore_failure);
+	kho_image_set_claim_sec(image, reg->claim_sec);
 	if (reg->secret_size > 0) {
 		r = kho_image_set_secret(k->kho, image, reg->secret, reg->secret_size, err);
 		if (r < 0)

@@ -277,6 +277,7 @@ static void policy_to_wire(const struct kho_policy *policy, Kho__Control__Policy
 				     KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE :
 				     KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
 	w->prepare_msec = policy->prepare_msec;
+	w->claim_sec = policy->claim_sec;
 }
 
 int kho_client_register_policy(struct kho_client *client, const char *name,
@@ -813,6 +814,8 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 			.restore_failure =
 				info->restore_failure == KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE ?
 					KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE,
+			.claim_sec = info->claim_sec,
+			.claim_left_sec = info->claim_left_sec,
 			.prepare = info->prepare,
 			.n_files = info->n_files > 0 ? info->n_files : info->count,
 			.bytes = info->bytes,

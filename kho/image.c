@@ -83,6 +83,9 @@ struct kho_image {
 	char reason[KHO_REASON_MAX + 1];
 	enum kho_survival survival;
 	enum kho_restore_failure restore_failure;
+	uint32_t claim_sec;
+	char arrived_boot_id[BOOT_ID_MAX + 1];
+	uint64_t arrived_usec;
 };
 
 /*
@@ -438,6 +441,32 @@ void kho_image_set_policy(struct kho_image *image, enum kho_survival survival,
 	image->restore_failure = restore_failure;
 }
 
+uint32_t kho_image_claim_sec(const struct kho_image *image)
+{
+	return image->claim_sec;
+}
+
+void kho_image_set_claim_sec(struct kho_image *image, uint32_t sec)
+{
+	image->claim_sec = sec;
+}
+
+uint64_t kho_image_arrived_usec(const struct kho_image *image, const char *boot_id)
+{
+	return strcmp(image->arrived_boot_id, boot_id) == 0 ? image->arrived_usec : 0;
+}
+
+int kho_image_set_arrived(struct kho_image *image, const char *boot_id, uint64_t usec,
+			  struct kho_error **err)
+{
+	int r = set_text(image->arrived_boot_id, BOOT_ID_MAX, boot_id, "boot id of the arrival", err);
+
+	if (r < 0)
+		return r;
+	image->arrived_usec = usec;
+	return 0;
+}
+
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers)
 {
 	image->handovers = handovers;
@@ -528,6 +557,7 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	_cleanup_free_ uint8_t *out = NULL;
 	Kho__Image__Outcome outcome = KHO__IMAGE__OUTCOME__INIT;
 	Kho__Image__Policy policy = KHO__IMAGE__POLICY__INIT;
+	Kho__Image__Arrival arrival = KHO__IMAGE__ARRIVAL__INIT;
 	char *needs[N_FEATURES];
 	struct header *h;
 	size_t payload = 0;
@@ -559,6 +589,11 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 		outcome.reason = (char *)image->reason;
 		m.outcome = &outcome;
 	}
+	if (image->arrived_usec) {
+		arrival.boot_id = (char *)image->arrived_boot_id;
+		arrival.boottime_usec = image->arrived_usec;
+		m.arrival = &arrival;
+	}
 	m.workload = &w;
 	m.origin = &o;
 	o.writer = (char *)image->writer;
@@ -572,9 +607,10 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	w.handovers = image->handovers;
 	w.keep = KHO__IMAGE__KEEP_MODE__KEEP_HOLD;
 	/* As old images are: without it all is the default. */
-	if (image->survival || image->restore_failure) {
+	if (image->survival || image->restore_failure || image->claim_sec) {
 		policy.survival = (Kho__Image__Survival)image->survival;
 		policy.restore_failure = (Kho__Image__RestoreFailure)image->restore_failure;
+		policy.claim_sec = image->claim_sec;
 		w.policy = &policy;
 	}
 	w.files = filep;
@@ -714,6 +750,12 @@ static int from_message(const Kho__Image__Image *m, struct kho_image **ret,
 			return kho_error_new(err, EOPNOTSUPP, w->name, "its policy is unknown: upgrade khod");
 		kho_image_set_policy(image, (enum kho_survival)w->policy->survival,
 				     (enum kho_restore_failure)w->policy->restore_failure);
+		kho_image_set_claim_sec(image, w->policy->claim_sec);
+	}
+	if (m->arrival) {
+		r = kho_image_set_arrived(image, m->arrival->boot_id, m->arrival->boottime_usec, err);
+		if (r < 0)
+			return r;
 	}
 	if (m->origin) {
 		r = set_text(image->writer, TEXT_MAX, m->origin->writer, "writer", err);

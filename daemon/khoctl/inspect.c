@@ -23,6 +23,7 @@ static void print_json(const struct kho_image *image)
 	json_u64(&j, "registered_usec", kho_image_registered_usec(image));
 	json_u64(&j, "handovers", kho_image_handovers(image));
 	json_bool(&j, "claim_secret", kho_image_has_secret(image));
+	json_u64(&j, "claim_sec", kho_image_claim_sec(image));
 	json_open(&j, "files", '[');
 	for (size_t i = 0; i < kho_image_n_files(image); i++) {
 		struct kho_image_file f = {};
@@ -58,6 +59,8 @@ static void print_text(const struct kho_image *image)
 	       kho_image_has_secret(image) ? ", or the claim secret" : "");
 	printf("  registered  %s\n", human_time(kho_image_registered_usec(image), buf));
 	printf("  handovers   %" PRIu32 "\n", kho_image_handovers(image));
+	if (kho_image_claim_sec(image))
+		printf("  claim       within %" PRIu32 " s of a handover\n", kho_image_claim_sec(image));
 	if (kho_image_outcome(image) != KHO_OUTCOME_NONE)
 		printf("  devices     %s by the last handover%s%s\n",
 		       outcome_name(kho_image_outcome(image)), kho_image_reason(image)[0] ? ": " : "",

@@ -28,6 +28,9 @@ static void print_json(const struct kho_workload **w, size_t n)
 		json_u64(&j, "registered_usec", w[i]->registered_usec);
 		json_bool(&j, "claim_secret", w[i]->secret);
 		json_string(&j, "reason", w[i]->reason);
+		json_u64(&j, "claim_left_sec", w[i]->claim_left_sec);
+		json_string(&j, "outcome", outcome_name(w[i]->outcome));
+		json_string(&j, "outcome_reason", w[i]->outcome_reason);
 		json_close(&j, '}');
 	}
 	json_close(&j, ']');
@@ -80,6 +83,10 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			       w[i]->unit[0] ? w[i]->unit : "-");
 			if (w[i]->reason[0])
 				printf("  %s\n", w[i]->reason);
+			if (w[i]->claim_left_sec)
+				printf("  to be claimed within %" PRIu32 " s\n", w[i]->claim_left_sec);
+			if (w[i]->outcome == KHO_OUTCOME_QUIESCED)
+				printf("  quiesced: %s\n", w[i]->outcome_reason);
 		}
 		if (n == 0)
 			puts("No workloads.");

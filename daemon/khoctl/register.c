@@ -23,6 +23,7 @@ static const char help[] =
 	"  --best-effort    a handover goes on without it if it cannot be carried over\n"
 	"  --on-failure X   if its devices cannot be restored they are stopped; then, with X\n"
 	"                   quiesce (default), the memory is kept, or, with release, freed\n"
+	"  --claim-within S the same if nobody has claimed it S seconds after a handover (for ever)\n"
 	"  --secret-file F  whoever knows the 16 to 64 bytes in F may claim it\n"
 	"\n"
 	"Prints the name, the number of files and their size.\n";
@@ -87,6 +88,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		{ "fd-name", required_argument, NULL, 'n' },
 		{ "best-effort", no_argument, NULL, 'b' },
 		{ "on-failure", required_argument, NULL, 'o' },
+		{ "claim-within", required_argument, NULL, 'c' },
 		{ "secret-file", required_argument, NULL, 's' },
 		{},
 	};
@@ -100,6 +102,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	void *secret = NULL;
 	const char *name;
 	uint64_t bytes = 0;
+	unsigned long seconds;
 	char buf[32], *end;
 	int c, r, copied = -1;
 
@@ -130,6 +133,14 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			policy.restore_failure = strcmp(optarg, "release") == 0 ?
 							 KHO_RESTORE_FAILURE_RELEASE :
 							 KHO_RESTORE_FAILURE_QUIESCE;
+			break;
+		case 'c':
+			errno = 0;
+			seconds = strtoul(optarg, &end, 10);
+			if (errno || *end || optarg[0] < '0' || optarg[0] > '9' || seconds == 0 ||
+			    seconds > UINT32_MAX)
+				return khoctl_usage(&verb_register, "--claim-within is a number of seconds");
+			policy.claim_sec = (uint32_t)seconds;
 			break;
 		case 's':
 			r = khoctl_secret(optarg, &secret, &secret_size);

@@ -31,6 +31,8 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 	json_string(&j, "reason", w->reason);
 	json_string(&j, "survival", survival(w));
 	json_string(&j, "restore_failure", restore_failure(w));
+	json_u64(&j, "claim_sec", w->claim_sec);
+	json_u64(&j, "claim_left_sec", w->claim_left_sec);
 	json_bool(&j, "asked", w->prepare);
 	json_string(&j, "outcome", outcome_name(w->outcome));
 	json_string(&j, "outcome_reason", w->outcome_reason);
@@ -64,6 +66,10 @@ static void print_text(const struct kho_workload *w, const struct kho_image *ima
 		       w->unit, w->secret ? ", or the claim secret" : "");
 	printf("  policy      %s%s; if a restore fails: %s\n", survival(w),
 	       w->prepare ? ", asked before a handover" : "", restore_failure(w));
+	if (w->claim_sec)
+		printf("  claim       within %" PRIu32 " s of a handover, or the same\n", w->claim_sec);
+	if (w->claim_left_sec)
+		printf("              %" PRIu32 " s are left\n", w->claim_left_sec);
 	printf("  registered  %s\n", human_time(w->registered_usec, when));
 	printf("  handovers   %" PRIu32 "\n", w->handovers);
 	printf("  session     %s\n", w->session[0] ? w->session : "-");

@@ -5,7 +5,7 @@
 /* A workload that an operator should know of. */
 static bool notable(const struct kho_workload *w)
 {
-	return w->state == KHO_WORKLOAD_FAILED || w->outcome != KHO_OUTCOME_NONE;
+	return w->state == KHO_WORKLOAD_FAILED || w->outcome != KHO_OUTCOME_NONE || w->claim_left_sec;
 }
 
 static void json_workloads(struct json *j, const struct kho_workloads *list)
@@ -22,6 +22,7 @@ static void json_workloads(struct json *j, const struct kho_workloads *list)
 		json_string(j, "reason", w->reason);
 		json_string(j, "outcome", outcome_name(w->outcome));
 		json_string(j, "outcome_reason", w->outcome_reason);
+		json_u64(j, "claim_left_sec", w->claim_left_sec);
 		json_close(j, '}');
 	}
 	json_close(j, ']');
@@ -40,6 +41,8 @@ static void print_workloads(const struct kho_workloads *list)
 			printf("  %s  devices %s by the last handover%s%s\n", w->name,
 			       outcome_name(w->outcome), w->outcome_reason[0] ? ": " : "",
 			       w->outcome_reason);
+		if (w->claim_left_sec)
+			printf("  %s  to be claimed within %" PRIu32 " s\n", w->name, w->claim_left_sec);
 	}
 }
 

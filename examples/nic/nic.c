@@ -21,6 +21,7 @@
  * others with the one that the kernel makes by itself. With --group it is this one for all, as the
  * devices of an IOMMU group can have but one.
  *
+ * --claim-within S: the device is not to run on for longer than that without this program.
  * --alone: without khod, to see what gets lost then.
  * --lease: registered so that mappings can be changed until khod asks to be ready for a
  *		handover. To show that, it maps a page of its memory once more every second until
@@ -118,6 +119,7 @@ struct nic {
 	size_t n_ports;
 	uint32_t handovers;
 	bool lease, group;
+	uint32_t claim_sec;
 	bool ready;		/* khod has preserved all: nothing can be changed */
 };
 
@@ -500,7 +502,10 @@ static void registration(struct nic *n)
 		{ .name = "memory", .fd = n->memfd },
 		{ .name = "iommufd", .fd = n->iommufd },
 	};
-	struct kho_policy policy = { .keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD };
+	struct kho_policy policy = {
+		.keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD,
+		.claim_sec = n->claim_sec,
+	};
 	struct kho_error *err = NULL;
 	int r;
 
@@ -567,6 +572,7 @@ int main(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{ "alone", no_argument, NULL, 'a' },
+		{ "claim-within", required_argument, NULL, 'c' },
 		{ "device", required_argument, NULL, 'd' },
 		{ "group", no_argument, NULL, 'g' },
 		{ "lease", no_argument, NULL, 'l' },
@@ -588,6 +594,9 @@ int main(int argc, char **argv)
 		switch (c) {
 		case 'a':
 			alone = true;
+			break;
+		case 'c':
+			n.claim_sec = (uint32_t)strtoul(optarg, NULL, 10);
 			break;
 		case 'd':
 			if (n.n_ports == MAX_PORTS)

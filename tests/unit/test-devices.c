@@ -501,20 +501,25 @@ Test(devices, unequal_tables_are_quiesced)
 	unequal("0000:02:00.0", "pci/0000:02:00.0");
 }
 
-/* What khoctl says of the workload. */
-static const char *shown(const char *options)
+static const char *khoctl(const char *verb, const char *options)
 {
 	static char out[65536];
 	char cmd[512];
 	FILE *f;
 
-	snprintf(cmd, sizeof(cmd), "%s --socket %s show vm %s", getenv("KHOCTL"), sim_socket(sim),
+	snprintf(cmd, sizeof(cmd), "%s --socket %s %s %s", getenv("KHOCTL"), sim_socket(sim), verb,
 		 options);
 	f = popen(cmd, "r");
 	cr_assert(f);
 	out[fread(out, 1, sizeof(out) - 1, f)] = 0;
 	cr_assert(pclose(f) == 0, "%s: %s", cmd, out);
 	return out;
+}
+
+/* What it says of the workload. */
+static const char *shown(const char *options)
+{
+	return khoctl("show vm", options);
 }
 
 /* The translation of the first device, and what the image that is handed over has of it. */
@@ -955,4 +960,347 @@ Test(devices, quiesced_though_closed_a_moment_later)
 	cr_assert(must_rest("closed late") == KHO_OUTCOME_QUIESCED);
 	must_claim(&known);
 	must_stop(sim);
+}
+
+/* A workload that can be claimed for as long after each kexec. */
+static void registered_for(uint32_t sec, enum kho_restore_failure then)
+{
+	struct kho_policy policy = { .restore_failure = then, .claim_sec = sec };
+	struct kho_error *err = NULL;
+	struct kho_client *k;
+	struct client c;
+
+	client_new(&c);
+	must_start(sim);
+	k = dial(kho, sim);
+	{
+		struct kho_client_file files[] = {
+			{ "ram0", c.memfds[0] }, { "ram1", c.memfds[1] }, { "iommufd", c.ctx },
+			{ "nic", c.dev[0] }, { "disk", c.dev[1] },
+		};
+
+		must(kho_client_register_policy(k, "vm", files, ARRAY_SIZE(files), NULL, 0, &policy, &err),
+		     err, "register");
+	}
+	kho_client_free(k);
+	client_exit(&c);
+	must_stop(sim);
+}
+
+static uint32_t seconds_left(void)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c = dial(kho, sim);
+	uint32_t left;
+
+	cr_assert(kho_client_show(c, "vm", &w, NULL, NULL) == 0);
+	left = kho_workloads_get(w, 0)->claim_left_sec;
+	kho_workloads_free(w);
+	kho_client_free(c);
+	return left;
+}
+
+/* Its time runs out, and that within @msec. */
+static void must_expire(int msec, enum kho_restore_failure then)
+{
+	enum kho_outcome outcome = 0;
+	char reason[600] = "";
+
+	for (; outcome != KHO_OUTCOME_QUIESCED; msec -= 20) {
+		cr_assert(msec > 0, "outcome %d\n%s", outcome, sim_log(sim));
+		usleep(20000);
+		(void)listed(&outcome, reason, sizeof(reason));
+	}
+	cr_assert(strstr(reason, "nobody has claimed it within "), "%s", reason);
+	cr_assert(must_rest("expired") == KHO_OUTCOME_QUIESCED && seconds_left() == 0);
+	/* The image, and the memory if it is kept. */
+	cr_assert(sim_preserved(sim) == (then == KHO_RESTORE_FAILURE_RELEASE ? 1 : 3), "%zu\n%s",
+		  sim_preserved(sim), sim_log(sim));
+	cr_assert(sim_store_memfds(sim) == 0);
+}
+
+/* Too late: the reason, and the memory if it is kept. */
+static void must_claim_late(enum kho_restore_failure then)
+{
+	struct kho_client *c = dial(kho, sim);
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+
+	must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
+	cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED);
+	cr_assert(strstr(kho_claim_reason(claim), "nobody has claimed it within "), "%s",
+		  kho_claim_reason(claim));
+	if (then == KHO_RESTORE_FAILURE_RELEASE) {
+		cr_assert(kho_claim_n_files(claim) == 0);
+	} else {
+		cr_assert(kho_claim_n_files(claim) == 2);
+		cr_assert(check_memfd(fd_named(claim, "ram0"), 65536, 40));
+		cr_assert(check_memfd(fd_named(claim, "ram1"), 65536, 41));
+	}
+	must(kho_client_claim_ack(c, claim, &err), err, "ack");
+	kho_claim_free(claim);
+	kho_client_free(c);
+	cr_assert(sim_store_count(sim) == 0 && sim_sessions(sim, false) == 0);
+}
+
+/* Until a handover there is no end; then there is, said everywhere; and it is remembered. */
+static void expires(enum kho_restore_failure then)
+{
+	bool release = then == KHO_RESTORE_FAILURE_RELEASE;
+
+	registered_for(1, then);
+	must_start(sim);
+	cr_assert(seconds_left() == 0);
+	usleep(1300000);
+	cr_assert(must_rest("not handed over") == KHO_OUTCOME_NONE);
+	must_stop(sim);
+	for (int i = 0; i < 2; i++) {
+		sim_kexec(sim);
+		must_start(sim);
+		if (i == 0) {
+			cr_assert(must_rest("in time") == KHO_OUTCOME_RESTORED);
+			cr_assert(seconds_left() == 1);
+			cr_assert(strstr(shown(""), "within 1 s of a handover"), "%s", shown(""));
+			cr_assert(strstr(khoctl("list", ""), "to be claimed within 1 s"), "%s",
+				  khoctl("list", ""));
+			cr_assert(strstr(khoctl("status", ""), "vm  to be claimed within 1 s"), "%s",
+				  khoctl("status", ""));
+		}
+		must_expire(2000, then);
+		if (i == 0)
+			must_stop(sim);
+	}
+	cr_assert(strstr(sim_log(sim), "Nobody has claimed workload vm within 1 s of the handover: its devices have been stopped, its memory is "),
+		  "%s", sim_log(sim));
+	cr_assert(!!strstr(sim_log(sim), "its memory is freed") == release);
+	cr_assert(strstr(shown(""), "quiesced by the last handover: nobody has claimed it within 1 s"), "%s",
+		  shown(""));
+	cr_assert(strstr(khoctl("list", ""), "quiesced: nobody has claimed it within 1 s"), "%s",
+		  khoctl("list", ""));
+	cr_assert(strstr(khoctl("status", ""), "by the last handover: nobody has claimed it within"), "%s",
+		  khoctl("status", ""));
+	must_claim_late(then);
+	must_stop(sim);
+}
+
+Test(devices, nobody_claims_in_time)
+{
+	expires(KHO_RESTORE_FAILURE_QUIESCE);
+	again();
+	expires(KHO_RESTORE_FAILURE_RELEASE);
+}
+
+/* The clock is the kernel's: it runs while khod does not, and a restart does not turn it back. */
+Test(devices, time_runs_out_whatever_becomes_of_khod)
+{
+	registered_for(2, KHO_RESTORE_FAILURE_QUIESCE);
+	sim_kexec(sim);
+	must_start(sim);
+	usleep(1000000);
+	must_stop(sim);
+	must_start(sim);
+	cr_assert(must_rest("restarted") == KHO_OUTCOME_RESTORED);
+	cr_assert(seconds_left() == 1, "%u", seconds_left());
+	must_expire(1500, KHO_RESTORE_FAILURE_QUIESCE);
+	must_claim_late(KHO_RESTORE_FAILURE_QUIESCE);
+	must_stop(sim);
+
+	again();
+	registered_for(1, KHO_RESTORE_FAILURE_QUIESCE);
+	sim_kexec(sim);
+	must_start(sim);
+	must_stop(sim);
+	usleep(1100000);
+	must_start(sim);
+	/* Before any client was heard. */
+	cr_assert(must_rest("late") == KHO_OUTCOME_QUIESCED);
+	must_claim_late(KHO_RESTORE_FAILURE_QUIESCE);
+	must_stop(sim);
+	/* In the next kernel it counts anew. */
+	again();
+	registered_for(2, KHO_RESTORE_FAILURE_QUIESCE);
+	for (int i = 0; i < 2; i++) {
+		sim_kexec(sim);
+		must_start(sim);
+		usleep(1200000);
+		cr_assert(must_rest("kexec") == KHO_OUTCOME_RESTORED);
+		must_stop(sim);
+	}
+}
+
+/* Who has been answered has everything, however long it takes; until it goes away without. */
+Test(devices, a_claim_in_hand_is_waited_for)
+{
+	for (int acknowledged = 0; acknowledged < 2; acknowledged++) {
+		struct kho_claim *claim = NULL;
+		struct kho_error *err = NULL;
+		struct kho_client *c;
+
+		registered_for(1, KHO_RESTORE_FAILURE_RELEASE);
+		sim_kexec(sim);
+		must_start(sim);
+		c = dial(kho, sim);
+		must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
+		usleep(1500000);
+		devices_are(true, "paging");
+		cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED &&
+			  kho_claim_n_files(claim) == 5);
+		if (acknowledged) {
+			must(kho_client_claim_ack(c, claim, &err), err, "ack");
+			devices_are(true, "paging");
+			cr_assert(check_memfd(fd_named(claim, "ram1"), 65536, 41));
+		}
+		kho_claim_free(claim);
+		kho_client_free(c);
+		if (!acknowledged) {
+			must_expire(1000, KHO_RESTORE_FAILURE_RELEASE);
+			must_claim_late(KHO_RESTORE_FAILURE_RELEASE);
+		}
+		must_stop(sim);
+		again();
+	}
+}
+
+/* @variant 0: started again; 1: killed at the same place again; 2: another kexec at once. */
+static void kill_expiring(const char *fault, bool *killed, enum kho_restore_failure then, int variant)
+{
+	bool died;
+
+	registered_for(1, then);
+	sim_kexec(sim);
+	must_start(sim);
+	must_stop(sim);
+	usleep(1050000);
+	sim_start(sim, fault, NULL);
+	died = sim_ready(sim) ? sim_killed(sim_stop(sim)) : sim_killed(sim_wait(sim));
+	*killed |= died;
+	if (died && variant == 1) {
+		sim_start(sim, fault, NULL);
+		(void)(sim_ready(sim) ? sim_stop(sim) : sim_wait(sim));
+	}
+	if (died && variant == 2)
+		sim_kexec(sim);
+	must_start(sim);
+	/* A kexec before anything was decided begins anew; nothing else is one or the other. */
+	if (must_rest(fault) == KHO_OUTCOME_RESTORED)
+		cr_assert(variant == 2 && died && seconds_left() == 1, "%s, variant %d\n%s", fault, variant,
+			  sim_log(sim));
+	must_expire(2000, then);
+	cr_assert(!strstr(sim_log(sim), "could not be brought into order"), "%s", sim_log(sim));
+	must_claim_late(then);
+	must_stop(sim);
+}
+
+static void kill_expiring_in_all_ways(const char *fault, bool *killed)
+{
+	for (int variant = 0; variant < 3; variant++) {
+		if (variant > 0)
+			again();
+		kill_expiring(fault, killed, KHO_RESTORE_FAILURE_QUIESCE, variant);
+	}
+	again();
+	kill_expiring(fault, killed, KHO_RESTORE_FAILURE_RELEASE, 0);
+}
+
+Test(devices, killed_in_expire)
+{
+	sweep("expire", kill_expiring_in_all_ways);
+}
+
+/* And in what it has in common with the start in a new kernel. */
+Test(devices, killed_in_expire_and_on)
+{
+	static const char *const faults[] = {
+		"start-incoming-transit-stored:1", "start-incoming-transit-stored:3",
+		"start-incoming-session-created:1", "start-incoming-session-stored:1",
+		"start-incoming-file-preserved:1", "start-incoming-file-preserved:2",
+		"start-incoming-image-preserved:1", "start-incoming-transit-removed:1",
+		"start-incoming-transit-removed:3",
+	};
+
+	for (size_t i = 0; i < ARRAY_SIZE(faults); i++)
+		for (int variant = 0; variant < 3; variant++) {
+			bool killed = false;
+
+			kill_expiring(faults[i], &killed, KHO_RESTORE_FAILURE_QUIESCE, variant);
+			cr_assert(killed, "%s never fired", faults[i]);
+			again();
+		}
+}
+
+/* The n-th kernel call of a khod that starts too late fails once. Return: is there an n-th? */
+static bool fail_expire(int n, enum kho_restore_failure then)
+{
+	enum kho_outcome outcome = 0;
+	char fail[32], reason[600];
+	bool fired;
+	int state;
+
+	registered_for(1, then);
+	sim_kexec(sim);
+	must_start(sim);
+	must_stop(sim);
+	usleep(1050000);
+	snprintf(fail, sizeof(fail), "%d:%d", n, n % 2 ? ENOMEM : EIO);
+	sim_start(sim, NULL, fail);
+	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	fired = strstr(sim_log(sim), "sim: call ") != NULL;
+	state = listed(&outcome, reason, sizeof(reason));
+	/* Either the devices run and have a table, or they are stopped and it says so. */
+	if (state && outcome == KHO_OUTCOME_QUIESCED)
+		devices_are(false, "none");
+	else
+		devices_are(true, "paging");
+	must_stop(sim);
+	must_start(sim);
+	must_expire(500, then);
+	must_claim_late(then);
+	must_stop(sim);
+	again();
+	return fired;
+}
+
+Test(devices, fail_nth_expire)
+{
+	int fired = 0;
+
+	while (fail_expire(fired + 1, KHO_RESTORE_FAILURE_QUIESCE))
+		fired++;
+	fprintf(stderr, "expire: %d calls failed one by one\n", fired);
+	cr_assert(fired > 20);
+}
+
+/* Memory alone has an end if it is to be freed; else there is nothing to be done. */
+Test(devices, memory_that_nobody_claims_in_time)
+{
+	for (int release = 0; release < 2; release++) {
+		struct kho_policy policy = {
+			.restore_failure = release ? KHO_RESTORE_FAILURE_RELEASE :
+						     KHO_RESTORE_FAILURE_QUIESCE,
+			.claim_sec = 1,
+		};
+		struct kho_client_file file = { "ram", make_memfd(4096, 60) };
+		enum kho_outcome outcome = 0;
+		struct kho_error *err = NULL;
+		struct kho_client *k;
+		char reason[600];
+
+		must_start(sim);
+		k = dial(kho, sim);
+		must(kho_client_register_policy(k, "vm", &file, 1, NULL, 0, &policy, &err), err, "register");
+		kho_client_free(k);
+		close(file.fd);
+		must_stop(sim);
+		sim_kexec(sim);
+		must_start(sim);
+		cr_assert(seconds_left() == (uint32_t)release);
+		usleep(1500000);
+		cr_assert(listed(&outcome, reason, sizeof(reason)) == KHO_WORKLOAD_HELD);
+		cr_assert(outcome == (release ? KHO_OUTCOME_QUIESCED : KHO_OUTCOME_NONE));
+		cr_assert(sim_preserved(sim) == (release ? 1 : 2), "%zu", sim_preserved(sim));
+		cr_assert(!!strstr(sim_log(sim), "of the handover: its memory is freed") == release, "%s",
+			  sim_log(sim));
+		must_stop(sim);
+		again();
+	}
 }

@@ -29,6 +29,8 @@ static struct kho_image *sample(size_t n)
 	kho_image_set_handovers(i, 7);
 	kho_image_set_registered_usec(i, 1234567);
 	kho_image_set_policy(i, KHO_SURVIVAL_BEST_EFFORT, KHO_RESTORE_FAILURE_QUIESCE);
+	kho_image_set_claim_sec(i, 90);
+	cr_assert(kho_image_set_arrived(i, "0123-boot", 77, NULL) == 0);
 	cr_assert(kho_image_set_origin(i, "0123-boot", "7.3.4", 42, NULL) == 0);
 	for (size_t k = 0; k < n; k++) {
 		char name[32];
@@ -56,6 +58,9 @@ static void must_be_same(const struct kho_image *a, const struct kho_image *b)
 	cr_assert(kho_image_handovers(a) == kho_image_handovers(b));
 	cr_assert(kho_image_survival(a) == kho_image_survival(b));
 	cr_assert(kho_image_restore_failure(a) == kho_image_restore_failure(b));
+	cr_assert(kho_image_claim_sec(a) == kho_image_claim_sec(b));
+	cr_assert(kho_image_arrived_usec(a, "0123-boot") == kho_image_arrived_usec(b, "0123-boot"));
+	cr_assert(kho_image_arrived_usec(b, "0124-boot") == 0);
 	cr_assert(kho_image_registered_usec(a) == kho_image_registered_usec(b));
 	cr_assert(kho_image_written_usec(a) == kho_image_written_usec(b));
 	cr_assert(kho_image_n_files(a) == kho_image_n_files(b));
@@ -240,7 +245,7 @@ Test(image, values_that_no_writer_writes)
 {
 	struct kho_error *err = NULL;
 	enum { NO_WORKLOAD, NAME, UNIT, KEEP, KIND, TOKEN_IMAGE, TOKEN_TWICE, NAME_TWICE, SALT, SURVIVAL,
-	       RESTORE, N };
+	       RESTORE, ARRIVAL, N };
 
 	for (int bad = 0; bad < N; bad++) {
 		Kho__Image__Image m = KHO__IMAGE__IMAGE__INIT;
@@ -249,7 +254,10 @@ Test(image, values_that_no_writer_writes)
 		Kho__Image__File *fp[2] = { &f[0], &f[1] };
 		Kho__Image__Secret s = KHO__IMAGE__SECRET__INIT;
 		Kho__Image__Policy p = KHO__IMAGE__POLICY__INIT;
+		Kho__Image__Arrival arrival = KHO__IMAGE__ARRIVAL__INIT;
 
+		arrival.boot_id = (char *)(bad == ARRIVAL ? "longer than any boot id that there ever was" : "0123");
+		m.arrival = &arrival;
 		p.survival = bad == SURVIVAL ? 77 : KHO__IMAGE__SURVIVAL__SURVIVAL_MUST;
 		p.restore_failure = bad == RESTORE ? 77 : KHO__IMAGE__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
 		w.policy = &p;

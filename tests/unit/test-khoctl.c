@@ -77,6 +77,8 @@ Test(khoctl, usage)
 
 Test(khoctl, policies)
 {
+	static const char *const seconds[] = { "", "0", "-1", " 5", "5s", "4294967296" };
+
 	must(0, "policy      must-survive; if a restore fails: quiesce",
 	     "echo > f; K register vm1 f; K show vm1");
 	must(0, "policy      best-effort; if a restore fails: quiesce",
@@ -90,6 +92,12 @@ Test(khoctl, policies)
 	must(0, "if a restore fails: release", "K register vm3 f --on-failure release; K show vm3");
 	must(0, "\"restore_failure\": \"release\"", "K show vm3 --json");
 	must(2, "--on-failure is quiesce or release", "K register vm4 f --on-failure keep");
+	must(0, "claim       within 90 s of a handover", "K register vm4 f --claim-within 90; K show vm4");
+	must(0, "\"claim_sec\": 90", "K show vm4 --json");
+	must(0, "\"claim_left_sec\": 0", "K list --json");
+	for (size_t i = 0; i < sizeof(seconds) / sizeof(seconds[0]); i++)
+		must(2, "--claim-within is a number of seconds", "K register vm5 f --claim-within '%s'",
+		     seconds[i]);
 }
 
 Test(khoctl, owners)

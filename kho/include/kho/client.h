@@ -89,6 +89,11 @@ enum kho_keep {
  * @restore_failure: what becomes of devices that cannot be restored in the next kernel
  * @prepare_msec: how long kho_client_ready() may be waited for, at most 60000; 0: 10000. A
  *	plain systemctl kexec may have to cut it to what logind grants
+ * @claim_sec: how many seconds a claim is waited for after a handover; 0: for ever. It counts
+ *	from when khod has everything in order, in each kernel anew. Then the devices are
+ *	stopped, and the memory is kept or freed as @restore_failure says; who claims it later
+ *	gets KHO_OUTCOME_QUIESCED and the reason. Memory that has no devices and is kept anyway
+ *	is not affected
  */
 struct kho_policy {
 	enum kho_keep keep;
@@ -96,6 +101,7 @@ struct kho_policy {
 	enum kho_survival survival;
 	enum kho_restore_failure restore_failure;
 	uint32_t prepare_msec;
+	uint32_t claim_sec;
 };
 
 /**
@@ -334,6 +340,8 @@ struct kho_workload_file {
  * @survival: what it means to a handover
  * @restore_failure: what becomes of devices that cannot be restored
  * @prepare: a client is connected that is asked before a handover
+ * @claim_sec: how long a claim is waited for after a handover; 0: for ever
+ * @claim_left_sec: of that, in this kernel; 0: nothing ends by itself
  * @n_files: files in it
  * @bytes: sum of their sizes
  * @files: @n_files of them; NULL unless from kho_client_show()
@@ -353,6 +361,8 @@ struct kho_workload {
 	enum kho_survival survival;
 	enum kho_restore_failure restore_failure;
 	bool prepare;
+	uint32_t claim_sec;
+	uint32_t claim_left_sec;
 	size_t n_files;
 	uint64_t bytes;
 	const struct kho_workload_file *files;

@@ -69,6 +69,8 @@ enum kho_survival {
  * @KHO_RESTORE_FAILURE_QUIESCE: they are stopped, the memory is kept
  * @KHO_RESTORE_FAILURE_RELEASE: they are stopped, then the memory is freed: for whoever can make
  *	no use of it without the devices. Name and reason are kept for whoever claims
+ *
+ * The same becomes of devices and memory that nobody has claimed in time (kho_image_claim_sec()).
  */
 enum kho_restore_failure {
 	KHO_RESTORE_FAILURE_QUIESCE = 0,
@@ -194,6 +196,21 @@ enum kho_survival kho_image_survival(const struct kho_image *image);
 enum kho_restore_failure kho_image_restore_failure(const struct kho_image *image);
 void kho_image_set_policy(struct kho_image *image, enum kho_survival survival,
 			  enum kho_restore_failure restore_failure);
+/** kho_image_claim_sec() - how long a claim is waited for after a handover; 0: for ever */
+uint32_t kho_image_claim_sec(const struct kho_image *image);
+void kho_image_set_claim_sec(struct kho_image *image, uint32_t sec);
+/**
+ * kho_image_arrived_usec() - since when a claim is waited for in this kernel
+ * @image: image
+ * @boot_id: of this kernel
+ *
+ * Return: CLOCK_BOOTTIME when khod had brought it into order after the kexec; 0: it has not come over
+ * one, or came into another kernel than this.
+ */
+uint64_t kho_image_arrived_usec(const struct kho_image *image, const char *boot_id);
+/** kho_image_set_arrived() - it came over a kexec into this kernel. Return: 0, -EINVAL. */
+int kho_image_set_arrived(struct kho_image *image, const char *boot_id, uint64_t usec,
+			  struct kho_error **err);
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers);
 void kho_image_set_registered_usec(struct kho_image *image, uint64_t usec);
 

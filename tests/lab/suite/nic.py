@@ -252,6 +252,71 @@ def a_restore_that_fails_stops_the_device(ctx):
         ctx.figure("packets", f"{len(before)} before, {now['seen']} seen in the end, {now['lost']} lost")
 
 
+CLAIM_WITHIN = 30
+LIMITED = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
+           "ExecStart=/usr/lib/khod/tests/nic --claim-within %d --status /run/lab-nic.status\\n' > $d/limited.conf; "
+           "sync; systemctl daemon-reload; systemctl stop lab-nic; khoctl release --of root nic; "
+           "systemctl start lab-nic" % CLAIM_WITHIN)
+
+
+def not_claimed_in_time(ctx, machine):
+    with booted(ctx, machine) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        vm.run(LIMITED, 60)
+        nic.wait_running(vm)
+        vm.run("systemctl disable lab-nic; head -c 1M /dev/urandom > /tmp/blob; khoctl register blob "
+               f"/tmp/blob --on-failure release --claim-within {CLAIM_WITHIN}; sync")
+        sender = Sender(vm.senders[0], 500, vm.dir / "sent")
+        time.sleep(2)
+        since = len(vm.journal.lines)
+        vm.kexec()
+        khod.settled()
+        w = shown(vm)
+        expect(w["outcome"] == "restored" and 0 < w["claim_left_sec"] <= CLAIM_WITHIN, w)
+        # A khod that is killed does not begin to count again.
+        vm.run("systemctl kill -s KILL khod; sleep 1; systemctl start khod")
+        expect(shown(vm)["claim_left_sec"] < w["claim_left_sec"], shown(vm))
+        said = "Nobody has claimed workload %s within " + f"{CLAIM_WITHIN} s of the handover: "
+        journal_says(vm, said % "nic" + "its devices have been stopped, its memory is kept", since,
+                     2 * CLAIM_WITHIN)
+        journal_says(vm, said % "blob" + "its memory is freed, as it asked for", since)
+        stopped = time.monotonic()
+        expect("to be claimed within" not in vm.run("khoctl list").out, vm.run("khoctl list").out)
+        w = shown(vm)
+        expect(w["outcome"] == "quiesced" and "nobody has claimed it within" in w["outcome_reason"], w)
+        expect([f["name"] for f in w["files"]] == ["memory"], w)
+        blob = json.loads(vm.run("khoctl show blob --json").out)
+        expect(blob["outcome"] == "quiesced" and not blob["files"], blob)
+        khod.only_sessions()
+        r = vm.run("lspci -s 01:00.0 -vv | grep Control:")
+        expect("BusMaster-" in r.out, r.out)
+        time.sleep(3)
+        dma = nic.dma_times(vm)
+        late = [t for t in dma if t > stopped + 0.1]
+        expect(not late, f"{len(late)} packets were written after the device was stopped")
+        vm.run("systemctl start lab-nic")
+        got = nic.wait_running(vm)
+        journal_says(vm, "the device was stopped by the handover: nobody has claimed it within", since)
+        time.sleep(3)
+        sent = len(sender.stop())
+        now = nic.status(vm)
+        expect(now["seen"] > got["seen"], f"it does not receive: {got}, {now}")
+        ctx.figure("packets", f"{sent} sent, {len(dma)} by DMA until it was stopped, {now['lost']} lost then")
+
+
+@test(part="nic")
+def a_device_that_nobody_claims_in_time_is_stopped(ctx):
+    """Restored, then its time runs out: stopped, the memory kept; another's memory is freed."""
+    not_claimed_in_time(ctx, "noiommu")
+
+
+@test(part="nic")
+def a_device_that_nobody_claims_in_time_is_stopped_legacy(ctx):
+    """The same behind VT-d."""
+    not_claimed_in_time(ctx, "vtd-legacy")
+
+
 @test(part="nic", kernels=A_AND_B)
 def packets_are_lost_without_khod(ctx):
     """Negative control: the same driver that keeps its descriptors to itself."""
