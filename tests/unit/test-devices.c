@@ -1132,11 +1132,22 @@ Test(devices, time_runs_out_whatever_becomes_of_khod)
 Test(devices, a_claim_in_hand_is_waited_for)
 {
 	for (int acknowledged = 0; acknowledged < 2; acknowledged++) {
+		struct kho_policy policy = {
+			.restore_failure = KHO_RESTORE_FAILURE_RELEASE, .claim_sec = 1,
+		};
+		struct kho_client_file file = { "ram", make_memfd(4096, 60) };
 		struct kho_claim *claim = NULL;
 		struct kho_error *err = NULL;
 		struct kho_client *c;
 
 		registered_for(1, KHO_RESTORE_FAILURE_RELEASE);
+		must_start(sim);
+		/* Of another one the time runs out, too. */
+		c = dial(kho, sim);
+		must(kho_client_register_policy(c, "other", &file, 1, NULL, 0, &policy, &err), err, "register");
+		kho_client_free(c);
+		close(file.fd);
+		must_stop(sim);
 		sim_kexec(sim);
 		must_start(sim);
 		c = dial(kho, sim);
@@ -1145,6 +1156,13 @@ Test(devices, a_claim_in_hand_is_waited_for)
 		devices_are(true, "paging");
 		cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED &&
 			  kho_claim_n_files(claim) == 5);
+		cr_assert(strstr(sim_log(sim), "Nobody has claimed workload other"), "%s", sim_log(sim));
+		{
+			struct kho_client *k = dial(kho, sim);
+
+			must(kho_client_release(k, "other", NULL, 0, &err), err, "release");
+			kho_client_free(k);
+		}
 		if (acknowledged) {
 			must(kho_client_claim_ack(c, claim, &err), err, "ack");
 			devices_are(true, "paging");

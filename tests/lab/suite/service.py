@@ -57,7 +57,7 @@ class Khod:
     def held(self):
         """Names of the workloads that khod holds."""
         rows = self.vm.run("khoctl list").out.splitlines()
-        return [r.split()[0] for r in rows[1:]]
+        return [r.split()[0] for r in rows[1:] if not r.startswith(" ")]
 
     def settled(self, timeout=100):
         """Wait until khod runs, after all the starts at which it killed itself."""
