@@ -230,6 +230,7 @@ struct registration {
 	enum kho_restore_failure restore_failure;
 	uint32_t prepare_msec;
 	uint32_t claim_sec;
+	bool may_lose_irq;
 	char *const *names;	/* one per file */
 	const int *fds;		/* borrowed */
 	size_t n;
@@ -327,6 +328,8 @@ void graph_translations(struct khod *k, struct workload *w, bool ask);
  * @mapped: receives it, one per file of the image; false for all if it has no graph
  */
 void graph_mapped(const struct kho_image *image, bool *mapped);
+/** graph_may_have_lost_irq() - may the device whose file has that token have lost an interrupt? */
+bool graph_may_have_lost_irq(const struct kho_image *image, uint64_t token);
 /**
  * workload_restore() - move the devices of a workload under page tables of this kernel
  * @image: with the graph of the previous kernel, or already of this one; gets the ids of this

@@ -183,6 +183,33 @@ void graph_mapped(const struct kho_image *image, bool *mapped)
 	}
 }
 
+bool graph_may_have_lost_irq(const struct kho_image *image, uint64_t token)
+{
+	const struct kho_graph *g = kho_image_graph(image);
+
+	for (size_t i = 0; g && i < g->n_contexts; i++)
+		for (size_t j = 0; j < g->contexts[i].n_devices; j++)
+			if (g->contexts[i].devices[j].token == token)
+				return g->contexts[i].devices[j].may_have_lost_irq;
+	return false;
+}
+
+/*
+ * Who accepts that interrupts get lost has to know which device to look after. One that came over
+ * with MSI-X enabled has kept its own pending. Of all others it is not known whether they used
+ * INTx or MSI, which the kernel before has turned off, or none.
+ */
+static void mark_lost_irq(struct khod *k, const struct kho_image *image, struct kho_context *c,
+			  const int *fds)
+{
+	for (size_t i = 0; kho_image_may_lose_irq(image) && i < c->n_devices; i++) {
+		struct kho_device *d = &c->devices[i];
+
+		if (d->token && kho_vfio_msix_enabled(k->kho, fd_by_token(image, fds, d->token), NULL) <= 0)
+			d->may_have_lost_irq = true;
+	}
+}
+
 /* What the contexts of one workload are restored with. */
 struct restore {
 	struct khod *k;
@@ -344,8 +371,10 @@ int workload_restore(struct khod *k, struct kho_image *image, const int *fds, si
 		undo(&s);
 	} else {
 		commit(&s);
-		for (size_t i = 0; i < graph->n_contexts; i++)
+		for (size_t i = 0; i < graph->n_contexts; i++) {
 			kho_plan_apply(s.plans[i], &graph->contexts[i]);
+			mark_lost_irq(k, image, &graph->contexts[i], fds);
+		}
 	}
 	restore_clear(&s);
 	return r;

@@ -392,6 +392,7 @@ static int take_policy(const Kho__Control__Policy *p, struct registration *reg)
 			KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE;
 	reg->prepare_msec = p->prepare_msec ? p->prepare_msec : PREPARE_MSEC;
 	reg->claim_sec = p->claim_sec;
+	reg->may_lose_irq = p->may_lose_irq;
 	return 0;
 }
 
@@ -581,6 +582,7 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 			info[i].kind = (char *)kho_file_kind_name(f.kind);
 			info[i].token = f.token;
 			info[i].size = f.size;
+			info[i].may_have_lost_irq = graph_may_have_lost_irq(w->image, f.token);
 			infop[i] = &info[i];
 		}
 		body.name = w->name;
@@ -872,6 +874,7 @@ static void to_info(const struct khod *k, struct workload *w, Kho__Control__Work
 		info->registered_realtime_usec = kho_image_registered_usec(w->image);
 		info->secret = kho_image_has_secret(w->image);
 		info->claim_sec = kho_image_claim_sec(w->image);
+		info->may_lose_irq = kho_image_may_lose_irq(w->image);
 		if (kho_image_restore_failure(w->image) == KHO_RESTORE_FAILURE_RELEASE)
 			info->restore_failure = KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_RELEASE;
 		info->outcome = (Kho__Control__Outcome)kho_image_outcome(w->image);
@@ -955,6 +958,7 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 		files[i].kind = (char *)kho_file_kind_name(f.kind);
 		files[i].token = f.token;
 		files[i].size = f.size;
+		files[i].may_have_lost_irq = graph_may_have_lost_irq(w->image, f.token);
 		filep[i] = &files[i];
 	}
 	info.files = filep;

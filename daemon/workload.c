@@ -376,6 +376,7 @@ static int build_image(struct khod *k, const struct registration *reg, const str
 	kho_image_set_registered_usec(image, now_usec());
 	kho_image_set_policy(image, reg->survival, reg->restore_failure);
 	kho_image_set_claim_sec(image, reg->claim_sec);
+	kho_image_set_may_lose_irq(image, reg->may_lose_irq);
 	if (reg->secret_size > 0) {
 		r = kho_image_set_secret(k->kho, image, reg->secret, reg->secret_size, err);
 		if (r < 0)
@@ -447,6 +448,41 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 }
 
 /*
+ * The policy for interrupts, for the kernel, which enforces it from here to the freeze. What is
+ * preserved already, or cannot be told, is for PRESERVE_FD to judge.
+ */
+static int set_liveupdate(struct khod *k, int fd, bool may_lose_irq, struct kho_error **err)
+{
+	int r;
+
+	for (;;) {
+		r = kho_vfio_set_liveupdate(k->kho, fd, may_lose_irq, 0, err);
+		if (r != -EBUSY || !fdstore_closing(&k->fdstore))
+			break;
+		*err = kho_error_free(*err);
+		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
+	}
+	if (r != -EBUSY && r != -ENOTTY && r != -EINVAL)
+		return r;
+	*err = kho_error_free(*err);
+	return 0;
+}
+
+/*
+ * Why the kernel refuses a device: if it is taken once lost interrupts are accepted, then because of
+ * these. The session that has it then is given up.
+ */
+static void explain_irq(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
+			struct kho_error **err)
+{
+	if (kho_image_may_lose_irq(w->image) || kho_vfio_set_liveupdate(k->kho, fd, true, 0, NULL) < 0)
+		return;
+	if (kho_luo_preserve(k->kho, w->session, fd, f->token, NULL) >= 0)
+		kho_error_new(err, EOPNOTSUPP, NULL,
+			      "it uses INTx or MSI, by which interrupts would be lost in the handover: use MSI-X, or register it with a policy that accepts that (khoctl register --may-lose-irq)");
+}
+
+/*
  * Preserve a file. PID 1 closes what it takes out of its store a little later than it says so,
  * and until then the file is in that session: what is in no workload is tried again for a while.
  */
@@ -476,8 +512,13 @@ static int preserve_one(struct khod *k, struct workload *w, const struct kho_ima
 			return r;
 	}
 	khod_busy(k, f->size);
-	r = preserve_file(k, w, f, fd, err);
+	r = f->kind == KHO_FILE_VFIO ?
+		    set_liveupdate(k, fd, kho_image_may_lose_irq(w->image), err) : 0;
+	if (r >= 0)
+		r = preserve_file(k, w, f, fd, err);
 	if (r < 0) {
+		if (r == -EOPNOTSUPP && f->kind == KHO_FILE_VFIO && !again)
+			explain_irq(k, w, f, fd, err);
 		if (r != -EBUSY && f->kind == KHO_FILE_IOMMUFD)
 			(void)kho_iommufd_obstacle(k->kho, fd, err);
 		/* To a client ENOENT means that there is no such workload. */

@@ -278,6 +278,7 @@ static void policy_to_wire(const struct kho_policy *policy, Kho__Control__Policy
 				     KHO__CONTROL__RESTORE_FAILURE__RESTORE_FAILURE_QUIESCE;
 	w->prepare_msec = policy->prepare_msec;
 	w->claim_sec = policy->claim_sec;
+	w->may_lose_irq = policy->may_lose_irq;
 }
 
 int kho_client_register_policy(struct kho_client *client, const char *name,
@@ -480,6 +481,7 @@ int kho_client_abort(struct kho_client *client, struct kho_error **err)
 struct claim_file {
 	char *name;
 	uint64_t token;
+	bool may_have_lost_irq;
 	int fd;
 };
 
@@ -542,6 +544,11 @@ const char *kho_claim_name(const struct kho_claim *claim, size_t index)
 int kho_claim_fd(const struct kho_claim *claim, size_t index)
 {
 	return index < claim->n_files ? claim->files[index].fd : -1;
+}
+
+bool kho_claim_may_have_lost_irq(const struct kho_claim *claim, size_t index)
+{
+	return index < claim->n_files && claim->files[index].may_have_lost_irq;
 }
 
 int kho_claim_take_fd(struct kho_claim *claim, size_t index)
@@ -619,6 +626,7 @@ static int claim_add(struct kho_claim *claim, const Kho__Control__ClaimReply *a,
 	for (size_t i = 0; i < n_fds; i++) {
 		files[claim->n_files].name = strdup(a->files[i]->name);
 		files[claim->n_files].token = a->files[i]->token;
+		files[claim->n_files].may_have_lost_irq = a->files[i]->may_have_lost_irq;
 		files[claim->n_files].fd = fds[i];
 		claim->n_files++;
 		if (!files[claim->n_files - 1].name) {
@@ -816,6 +824,7 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 					KHO_RESTORE_FAILURE_RELEASE : KHO_RESTORE_FAILURE_QUIESCE,
 			.claim_sec = info->claim_sec,
 			.claim_left_sec = info->claim_left_sec,
+			.may_lose_irq = info->may_lose_irq,
 			.prepare = info->prepare,
 			.n_files = info->n_files > 0 ? info->n_files : info->count,
 			.bytes = info->bytes,
@@ -827,6 +836,7 @@ static int workloads_add(struct kho_workloads *w, Kho__Control__Reply **reply,
 				.kind = info->files[k]->kind,
 				.token = info->files[k]->token,
 				.size = info->files[k]->size,
+				.may_have_lost_irq = info->files[k]->may_have_lost_irq,
 			};
 	}
 	return 0;

@@ -200,6 +200,7 @@ static int context_to_message(const struct kho_graph *graph, const struct kho_co
 		w->token = o->token;
 		w->name = (char *)o->name;
 		w->flags = o->noiommu ? DEVICE_NOIOMMU : 0;
+		w->may_have_lost_irq = o->may_have_lost_irq;
 		if (o->hwpt == KHO_NONE)
 			continue;
 		r = attachment_to_message(c, o, w, err);
@@ -306,6 +307,7 @@ static int device_from_message(const Kho__Image__Device *w, const struct kho_con
 				     "device %" PRIu32 " has properties that this khod does not know: upgrade khod",
 				     w->id);
 	o->noiommu = w->flags & DEVICE_NOIOMMU;
+	o->may_have_lost_irq = w->may_have_lost_irq;
 	if (w->n_attachments > 1 || (w->n_attachments == 1 && w->attachments[0]->pasid != 0))
 		return kho_error_new(err, EOPNOTSUPP, "graph",
 				     "device %" PRIu32 " has a PASID attached, which this khod cannot restore: upgrade khod",

@@ -84,6 +84,7 @@ struct kho_image {
 	enum kho_survival survival;
 	enum kho_restore_failure restore_failure;
 	uint32_t claim_sec;
+	bool may_lose_irq;
 	char arrived_boot_id[BOOT_ID_MAX + 1];
 	uint64_t arrived_usec;
 };
@@ -451,6 +452,16 @@ void kho_image_set_claim_sec(struct kho_image *image, uint32_t sec)
 	image->claim_sec = sec;
 }
 
+bool kho_image_may_lose_irq(const struct kho_image *image)
+{
+	return image->may_lose_irq;
+}
+
+void kho_image_set_may_lose_irq(struct kho_image *image, bool may)
+{
+	image->may_lose_irq = may;
+}
+
 uint64_t kho_image_arrived_usec(const struct kho_image *image, const char *boot_id)
 {
 	return strcmp(image->arrived_boot_id, boot_id) == 0 ? image->arrived_usec : 0;
@@ -607,10 +618,11 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
 	w.handovers = image->handovers;
 	w.keep = KHO__IMAGE__KEEP_MODE__KEEP_HOLD;
 	/* As old images are: without it all is the default. */
-	if (image->survival || image->restore_failure || image->claim_sec) {
+	if (image->survival || image->restore_failure || image->claim_sec || image->may_lose_irq) {
 		policy.survival = (Kho__Image__Survival)image->survival;
 		policy.restore_failure = (Kho__Image__RestoreFailure)image->restore_failure;
 		policy.claim_sec = image->claim_sec;
+		policy.may_lose_irq = image->may_lose_irq;
 		w.policy = &policy;
 	}
 	w.files = filep;
@@ -751,6 +763,7 @@ static int from_message(const Kho__Image__Image *m, struct kho_image **ret,
 		kho_image_set_policy(image, (enum kho_survival)w->policy->survival,
 				     (enum kho_restore_failure)w->policy->restore_failure);
 		kho_image_set_claim_sec(image, w->policy->claim_sec);
+		kho_image_set_may_lose_irq(image, w->policy->may_lose_irq);
 	}
 	if (m->arrival) {
 		r = kho_image_set_arrived(image, m->arrival->boot_id, m->arrival->boottime_usec, err);

@@ -8,6 +8,7 @@
 #ifndef __counted_by
 #define __counted_by(m)
 #endif
+#include <linux/pci_regs.h>
 #include <linux/vfio.h>
 
 #include "util.h"
@@ -95,4 +96,71 @@ int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, 
 	*offset = arg.offset;
 	*size = arg.size;
 	return 0;
+}
+
+int kho_vfio_set_liveupdate(struct kho *kho, int dev, bool may_lose_irq, uint32_t deadline_msec,
+			    struct kho_error **err)
+{
+	struct {
+		struct vfio_device_feature head;
+		struct vfio_device_feature_liveupdate body;
+	} arg = {
+		.head = {
+			.argsz = sizeof(arg),
+			.flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LIVEUPDATE,
+		},
+		.body = {
+			.flags = may_lose_irq ? VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ : 0,
+			.deadline_ms = deadline_msec,
+		},
+	};
+	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_FEATURE, &arg);
+
+	if (r < 0)
+		return kho_error_new(err, r, NULL, "cannot say how to treat the device in a live update: %s",
+				     strerror(-r));
+	return 0;
+}
+
+/* Little endian, whatever the host is. */
+static int config_word(struct kho *kho, int dev, uint64_t at, uint32_t *ret)
+{
+	uint8_t b[2];
+	ssize_t n = kho_op(kho, pread, dev, b, sizeof(b), (off_t)at);
+
+	if (n != sizeof(b))
+		return n < 0 ? (int)n : -EIO;
+	*ret = b[0] | (uint32_t)b[1] << 8;
+	return 0;
+}
+
+int kho_vfio_msix_enabled(struct kho *kho, int dev, struct kho_error **err)
+{
+	uint64_t config, size;
+	uint32_t word = 0, pos;
+	int r;
+
+	r = kho_vfio_region(kho, dev, VFIO_PCI_CONFIG_REGION_INDEX, &config, &size, err);
+	if (r < 0)
+		return r;
+	r = config_word(kho, dev, config + PCI_STATUS, &word);
+	if (r >= 0 && !(word & PCI_STATUS_CAP_LIST))
+		return 0;
+	if (r >= 0)
+		r = config_word(kho, dev, config + PCI_CAPABILITY_LIST, &word);
+	/* Each of them once: what a device says may have a loop in it. */
+	for (int i = 0; r >= 0 && i < (256 - PCI_STD_HEADER_SIZEOF) / 4; i++) {
+		pos = word & 0xfc;
+		if (pos < PCI_STD_HEADER_SIZEOF)
+			return 0;
+		r = config_word(kho, dev, config + pos, &word);
+		if (r >= 0 && (word & 0xff) == PCI_CAP_ID_MSIX) {
+			r = config_word(kho, dev, config + pos + PCI_MSIX_FLAGS, &word);
+			if (r >= 0)
+				return !!(word & PCI_MSIX_FLAGS_ENABLE);
+		}
+		word >>= 8;
+	}
+	return r < 0 ? kho_error_new(err, r, NULL, "the device's configuration cannot be read: %s",
+				     strerror(-r)) : 0;
 }

@@ -163,6 +163,10 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		fprintf(stderr, "khoctl: %s is of uid %" PRIu32 "%s%s\n", name, kho_claim_uid(claim),
 			kho_claim_unit(claim)[0] ? ", unit " : "", kho_claim_unit(claim));
 	n = kho_claim_n_files(claim);
+	for (size_t i = 0; i < n; i++)
+		if (kho_claim_may_have_lost_irq(claim, i))
+			fprintf(stderr, "khoctl: %s may have lost interrupts in a handover\n",
+				kho_claim_name(claim, i));
 	if (which) {
 		while (index < n && strcmp(kho_claim_name(claim, index), which) != 0)
 			index++;

@@ -123,6 +123,8 @@ static void print_context(const struct kho_image *image, const struct kho_graph 
 			printf(", %s", file_name(image, o->token));
 		if (o->hwpt != KHO_NONE)
 			printf(", attached to HWPT %" PRIu32, c->hwpts[o->hwpt].id);
+		if (o->may_have_lost_irq)
+			printf(", may have lost interrupts");
 		print_translation(&o->translation);
 		printf("\n");
 	}
@@ -213,6 +215,7 @@ static void json_context(struct json *j, const struct kho_image *image, const st
 		json_string(j, "name", o->name);
 		json_string(j, "file", o->token ? file_name(image, o->token) : "");
 		json_bool(j, "noiommu", o->noiommu);
+		json_bool(j, "may_have_lost_irq", o->may_have_lost_irq);
 		json_u64(j, "hwpt", o->hwpt == KHO_NONE ? 0 : c->hwpts[o->hwpt].id);
 		json_translation(j, &o->translation);
 		json_close(j, '}');

@@ -24,6 +24,7 @@ static void print_json(const struct kho_image *image)
 	json_u64(&j, "handovers", kho_image_handovers(image));
 	json_bool(&j, "claim_secret", kho_image_has_secret(image));
 	json_u64(&j, "claim_sec", kho_image_claim_sec(image));
+	json_bool(&j, "may_lose_irq", kho_image_may_lose_irq(image));
 	json_open(&j, "files", '[');
 	for (size_t i = 0; i < kho_image_n_files(image); i++) {
 		struct kho_image_file f = {};

@@ -24,6 +24,7 @@ static const char help[] =
 	"  --on-failure X   if its devices cannot be restored they are stopped; then, with X\n"
 	"                   quiesce (default), the memory is kept, or, with release, freed\n"
 	"  --claim-within S the same if nobody has claimed it S seconds after a handover (for ever)\n"
+	"  --may-lose-irq   its devices may use INTx and MSI, by which interrupts may get lost\n"
 	"  --secret-file F  whoever knows the 16 to 64 bytes in F may claim it\n"
 	"\n"
 	"Prints the name, the number of files and their size.\n";
@@ -89,6 +90,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		{ "best-effort", no_argument, NULL, 'b' },
 		{ "on-failure", required_argument, NULL, 'o' },
 		{ "claim-within", required_argument, NULL, 'c' },
+		{ "may-lose-irq", no_argument, NULL, 'i' },
 		{ "secret-file", required_argument, NULL, 's' },
 		{},
 	};
@@ -133,6 +135,9 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			policy.restore_failure = strcmp(optarg, "release") == 0 ?
 							 KHO_RESTORE_FAILURE_RELEASE :
 							 KHO_RESTORE_FAILURE_QUIESCE;
+			break;
+		case 'i':
+			policy.may_lose_irq = true;
 			break;
 		case 'c':
 			errno = 0;

@@ -33,6 +33,7 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 	json_string(&j, "restore_failure", restore_failure(w));
 	json_u64(&j, "claim_sec", w->claim_sec);
 	json_u64(&j, "claim_left_sec", w->claim_left_sec);
+	json_bool(&j, "may_lose_irq", w->may_lose_irq);
 	json_bool(&j, "asked", w->prepare);
 	json_string(&j, "outcome", outcome_name(w->outcome));
 	json_string(&j, "outcome_reason", w->outcome_reason);
@@ -43,6 +44,7 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 		json_string(&j, "kind", w->files[i].kind);
 		json_u64(&j, "token", w->files[i].token);
 		json_u64(&j, "size", w->files[i].size);
+		json_bool(&j, "may_have_lost_irq", w->files[i].may_have_lost_irq);
 		json_close(&j, '}');
 	}
 	json_close(&j, ']');
@@ -64,8 +66,9 @@ static void print_text(const struct kho_workload *w, const struct kho_image *ima
 	if (w->uid != UINT32_MAX)
 		printf("  owner       uid %" PRIu32 "%s%s%s\n", w->uid, w->unit[0] ? ", " : "",
 		       w->unit, w->secret ? ", or the claim secret" : "");
-	printf("  policy      %s%s; if a restore fails: %s\n", survival(w),
-	       w->prepare ? ", asked before a handover" : "", restore_failure(w));
+	printf("  policy      %s%s; if a restore fails: %s%s\n", survival(w),
+	       w->prepare ? ", asked before a handover" : "", restore_failure(w),
+	       w->may_lose_irq ? "; interrupts may get lost" : "");
 	if (w->claim_sec)
 		printf("  claim       within %" PRIu32 " s of a handover, or the same\n", w->claim_sec);
 	if (w->claim_left_sec)
@@ -74,10 +77,11 @@ static void print_text(const struct kho_workload *w, const struct kho_image *ima
 	printf("  handovers   %" PRIu32 "\n", w->handovers);
 	printf("  session     %s\n", w->session[0] ? w->session : "-");
 	for (size_t i = 0; w->files && i < w->n_files; i++)
-		printf("  %s %s  %s, %s, token %" PRIu64 "\n",
+		printf("  %s %s  %s, %s, token %" PRIu64 "%s\n",
 		       i + 1 == w->n_files && !(image && kho_image_graph(image)) ? "`--" : "|--",
 		       w->files[i].name, w->files[i].kind,
-		       human_size(w->files[i].size, size), w->files[i].token);
+		       human_size(w->files[i].size, size), w->files[i].token,
+		       w->files[i].may_have_lost_irq ? ", MAY HAVE LOST INTERRUPTS" : "");
 	if (image)
 		print_graph(image);
 }

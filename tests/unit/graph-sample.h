@@ -120,7 +120,8 @@ static inline void graphs_must_be_same(const struct kho_graph *a, const struct k
 
 			cr_assert(h->id == j->id && h->client_id == j->client_id &&
 				  h->token == j->token && strcmp(h->name, j->name) == 0 &&
-				  h->noiommu == j->noiommu && h->hwpt == j->hwpt);
+				  h->noiommu == j->noiommu && h->hwpt == j->hwpt &&
+				  h->may_have_lost_irq == j->may_have_lost_irq);
 		}
 	}
 }

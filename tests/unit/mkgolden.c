@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Writes golden/image-vN, or with the argument "devices" image-vN-devices, when a format version is released; N is never written again.
+ * Writes golden/image-vN, with the argument "devices" image-vN-devices, with "policy" image-vN-policy,
+ * when a format version is released or has got new fields; what is there is never written again.
  */
 #include "common.h"
 #include "graph-sample.h"
@@ -12,10 +13,21 @@ int main(int argc, char **argv)
 	size_t size;
 	void *buf;
 
-	if (argc > 1 && strcmp(argv[1], "devices") == 0) {
+	if (argc > 1 && (strcmp(argv[1], "devices") == 0 || strcmp(argv[1], "policy") == 0)) {
+		struct kho_graph *g = sample_graph();
+
 		i = sample_image();
 		kho_image_set_outcome(i, KHO_OUTCOME_RESTORED, NULL);
-		if (kho_image_set_graph(i, sample_graph(), NULL) < 0 ||
+		if (strcmp(argv[1], "policy") == 0) {
+			g->contexts[0].devices[0].may_have_lost_irq = true;
+			kho_image_set_policy(i, KHO_SURVIVAL_BEST_EFFORT, KHO_RESTORE_FAILURE_RELEASE);
+			kho_image_set_claim_sec(i, 90);
+			kho_image_set_may_lose_irq(i, true);
+			if (kho_image_set_arrived(i, "01234567-89ab-cdef-0123-456789abcdef",
+						  UINT64_C(4000000), NULL) < 0)
+				return 1;
+		}
+		if (kho_image_set_graph(i, g, NULL) < 0 ||
 		    kho_image_set_origin(i, "01234567-89ab-cdef-0123-456789abcdef", "7.3.4",
 					 UINT64_C(1763632801000000), NULL) < 0 ||
 		    kho_image_encode(i, &buf, &size, NULL) < 0 || fwrite(buf, 1, size, stdout) != size)

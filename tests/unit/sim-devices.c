@@ -15,6 +15,7 @@
 #ifndef __counted_by
 #define __counted_by(m)
 #endif
+#include <linux/pci_regs.h>
 #include <linux/vfio.h>
 
 #define MAX_CTX 16
@@ -58,6 +59,8 @@ struct dev {
 	int incoming;		/* ctx that it came with; -1 */
 	__u32 id, hwpt;		/* hwpt: object it is attached to; 0: none */
 	__u32 frozen;		/* while it is not bound: what it uses in @incoming */
+	enum simdev_irq irq;
+	bool may_lose_irq;	/* VFIO_DEVICE_FEATURE_LIVEUPDATE */
 };
 
 struct simdev {
@@ -670,6 +673,44 @@ static int dev_attach(struct simdev *d, struct dev *v, struct vfio_device_attach
 	return 0;
 }
 
+static int dev_feature(struct dev *v, struct vfio_device_feature *a)
+{
+	struct vfio_device_feature_liveupdate *lu = (void *)a->data;
+
+	if (a->flags != (VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LIVEUPDATE))
+		return -ENOTTY;
+	if (v->ctx < 0 || a->argsz != sizeof(*a) + sizeof(*lu))
+		return -EINVAL;
+	if (v->preserved)
+		return -EBUSY;
+	v->may_lose_irq = lu->flags & VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ;
+	return 0;
+}
+
+/* A capability that is none of ours, then MSI-X. */
+static int dev_config(const struct dev *v, struct sim_packet *p)
+{
+	p->data_size = 256;
+	memset(p->data, 0, p->data_size);
+	p->data[PCI_STATUS] = PCI_STATUS_CAP_LIST;
+	p->data[PCI_CAPABILITY_LIST] = 0x50;
+	p->data[0x50] = PCI_CAP_ID_PM;
+	p->data[0x51] = 0xa0;
+	p->data[0xa0] = PCI_CAP_ID_MSIX;
+	if (v->irq == SIMDEV_MSIX)
+		p->data[0xa0 + PCI_MSIX_FLAGS + 1] = PCI_MSIX_FLAGS_ENABLE >> 8;
+	return 0;
+}
+
+static int dev_region(struct vfio_region_info *a)
+{
+	if (a->index != VFIO_PCI_CONFIG_REGION_INDEX)
+		return -EINVAL;
+	a->offset = 0;
+	a->size = 256;
+	return 0;
+}
+
 static int dev_ioctl(struct simdev *d, struct dev *v, struct sim_packet *p, int fd)
 {
 	p->data_size = 0;
@@ -682,6 +723,12 @@ static int dev_ioctl(struct simdev *d, struct dev *v, struct sim_packet *p, int 
 					   "pos:\t0\nvfio-device-syspath: /sys/devices/pci0000:00/%s\n",
 					   v->name);
 		return 0;
+	case SIM_CONFIG:
+		return dev_config(v, p);
+	case VFIO_DEVICE_FEATURE:
+		return dev_feature(v, (void *)p->arg);
+	case VFIO_DEVICE_GET_REGION_INFO:
+		return dev_region((void *)p->arg);
 	case VFIO_DEVICE_BIND_IOMMUFD:
 		return dev_bind(d, v, (void *)p->arg, fd);
 	case VFIO_DEVICE_ATTACH_IOMMUFD_PT:
@@ -766,6 +813,8 @@ int simdev_preserve(struct simdev *d, int fd, bool (*member)(void *, ino_t), voi
 		return -EINVAL;
 	if (!d->ctx[v->ctx].preserved || !member(userdata, d->ctx[v->ctx].ino))
 		return -ENOENT;
+	if ((v->irq == SIMDEV_INTX || v->irq == SIMDEV_MSI) && !v->may_lose_irq)
+		return -EOPNOTSUPP;
 	v->preserved = true;
 	return 0;
 }
@@ -846,6 +895,9 @@ static int kexec_dev(struct simdev *d, struct dev *v)
 	v->ctx = -1;
 	v->hwpt = 0;
 	v->preserved = false;
+	v->may_lose_irq = false;
+	if (v->irq != SIMDEV_MSIX)
+		v->irq = SIMDEV_NONE;
 	d->kept_dev[v - d->dev] = true;
 	return fd;
 }
@@ -923,6 +975,14 @@ void simdev_set_vtd(struct simdev *d, __u32 mode)
 {
 	d->vtd = true;
 	d->vtd_mode = mode;
+}
+
+void simdev_set_irq(struct simdev *d, const char *name, enum simdev_irq irq)
+{
+	struct dev *v = dev_by_name(d, name);
+
+	if (v)
+		v->irq = irq;
 }
 
 void simdev_refuse_replace(struct simdev *d, const char *name)

@@ -51,6 +51,12 @@ const char *simdev_attached(struct simdev *d, const char *name);
  * mode (enum iommu_attach_info_vtd_mode), with domain ids that follow from the HWPT's.
  */
 void simdev_set_vtd(struct simdev *d, __u32 mode);
+/*
+ * How the user of a device has set up its interrupts. All but MSI-X cannot be kept pending;
+ * after a kexec MSI-X is enabled still, and of the others nothing is to be seen.
+ */
+enum simdev_irq { SIMDEV_NONE, SIMDEV_INTX, SIMDEV_MSI, SIMDEV_MSIX };
+void simdev_set_irq(struct simdev *d, const char *name, enum simdev_irq irq);
 /* From now on no replace of that device is found to be equal; "*": of any; "": of none. */
 void simdev_refuse_replace(struct simdev *d, const char *name);
 

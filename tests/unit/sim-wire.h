@@ -10,6 +10,7 @@
 /* Not ioctls: what /proc would say of the file. */
 #define SIM_WHAT 1UL	/* data: the target of its link in /proc/self/fd */
 #define SIM_FDINFO 2UL	/* data: its /proc/self/fdinfo */
+#define SIM_CONFIG 3UL	/* data: a device's configuration space */
 
 /*
  * One ioctl. @data is what a pointer in @arg points to: copied in if @data_size is not 0,

@@ -1157,6 +1157,7 @@ Test(devices, a_claim_in_hand_is_waited_for)
 		cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED &&
 			  kho_claim_n_files(claim) == 5);
 		cr_assert(strstr(sim_log(sim), "Nobody has claimed workload other"), "%s", sim_log(sim));
+		cr_assert(!strstr(sim_log(sim), "Nobody has claimed workload vm"), "%s", sim_log(sim));
 		{
 			struct kho_client *k = dial(kho, sim);
 
@@ -1321,4 +1322,154 @@ Test(devices, memory_that_nobody_claims_in_time)
 		must_stop(sim);
 		again();
 	}
+}
+
+static void signals_by(enum simdev_irq nic, enum simdev_irq disk)
+{
+	struct simdev *d = sim_lock_devices(sim);
+
+	simdev_set_irq(d, dev_names[0], nic);
+	simdev_set_irq(d, dev_names[1], disk);
+	sim_unlock_devices(sim);
+}
+
+static int register_irq(struct client *c, bool may_lose_irq, struct kho_error **err)
+{
+	struct kho_client_file files[] = {
+		{ "ram0", c->memfds[0] }, { "ram1", c->memfds[1] }, { "iommufd", c->ctx },
+		{ "nic", c->dev[0] }, { "disk", c->dev[1] },
+	};
+	struct kho_policy policy = { .may_lose_irq = may_lose_irq };
+	struct kho_client *k = dial(kho, sim);
+	int r = kho_client_register_policy(k, "vm", files, ARRAY_SIZE(files), NULL, 0, &policy, err);
+
+	kho_client_free(k);
+	return r;
+}
+
+/* Which of the devices the client, and who looks, are told of. */
+static void lost_irq(bool nic, bool disk)
+{
+	struct kho_client *c = dial(kho, sim);
+	struct kho_workloads *w = NULL;
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+
+	must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
+	for (size_t i = 0; i < kho_claim_n_files(claim); i++) {
+		const char *name = kho_claim_name(claim, i);
+		bool want = (strcmp(name, "nic") == 0 && nic) || (strcmp(name, "disk") == 0 && disk);
+
+		cr_assert(kho_claim_may_have_lost_irq(claim, i) == want, "%s", name);
+	}
+	kho_claim_free(claim);
+	kho_client_free(c);
+	c = dial(kho, sim);
+	cr_assert(kho_client_show(c, "vm", &w, NULL, NULL) == 0);
+	for (size_t i = 0; i < 5; i++) {
+		const struct kho_workload_file *f = &kho_workloads_get(w, 0)->files[i];
+		bool want = (strcmp(f->name, "nic") == 0 && nic) || (strcmp(f->name, "disk") == 0 && disk);
+
+		cr_assert(f->may_have_lost_irq == want, "%s", f->name);
+	}
+	kho_workloads_free(w);
+	kho_client_free(c);
+	cr_assert(!!strstr(shown(""), "MAY HAVE LOST INTERRUPTS") == (nic || disk));
+}
+
+/* Refused by name, unless that is accepted; then it is carried, and the client is told. */
+Test(devices, interrupts_that_may_get_lost)
+{
+	static const enum simdev_irq irqs[] = { SIMDEV_INTX, SIMDEV_MSI };
+
+	for (size_t i = 0; i < ARRAY_SIZE(irqs); i++) {
+		struct kho_error *err = NULL;
+		struct client c;
+		char *text;
+		int r;
+
+		client_new(&c);
+		signals_by(irqs[i], SIMDEV_MSIX);
+		must_start(sim);
+		/* Again after it was refused: to find out why must not have left a trace. */
+		for (int again = 0; again < 2; again++) {
+			r = register_irq(&c, false, &err);
+			text = kho_error_format(err, r);
+			cr_assert(r == -EOPNOTSUPP && strstr(text, "nic: cannot be preserved: it uses INTx or MSI"),
+				  "%d: %s", r, text);
+			free(text);
+			err = kho_error_free(err);
+			cr_assert(sim_store_count(sim) == 0 && sim_sessions(sim, false) == 0);
+			devices_are(true, "paging");
+		}
+		must(register_irq(&c, true, &err), err, "register");
+		lost_irq(false, false);
+		client_exit(&c);
+		must_stop(sim);
+		/* It is remembered over kernels in which nobody claims it. */
+		for (int k = 0; k < 2; k++) {
+			sim_kexec(sim);
+			must_start(sim);
+			cr_assert(must_rest("kexec") == KHO_OUTCOME_RESTORED);
+			lost_irq(true, false);
+			cr_assert(strstr(shown("--json"), "\"may_lose_irq\": true"));
+			must_stop(sim);
+		}
+		must_start(sim);
+		must_claim(&known);
+		must_stop(sim);
+		again();
+	}
+	/* With a policy that does not accept it there is nothing to tell. */
+	{
+		struct kho_error *err = NULL;
+		struct client c;
+
+		client_new(&c);
+		signals_by(SIMDEV_MSIX, SIMDEV_NONE);
+		must_start(sim);
+		must(register_irq(&c, false, &err), err, "register");
+		client_exit(&c);
+		must_stop(sim);
+		sim_kexec(sim);
+		must_start(sim);
+		lost_irq(false, false);
+		must_stop(sim);
+	}
+}
+
+/* Each call of a start fails once: what cannot be read is told as lost, and nothing else changes. */
+Test(devices, fail_nth_interrupts)
+{
+	int fired = 0;
+	bool more = true;
+
+	while (more) {
+		struct kho_error *err = NULL;
+		struct client c;
+		char fail[32];
+
+		client_new(&c);
+		signals_by(SIMDEV_MSI, SIMDEV_MSIX);
+		must_start(sim);
+		must(register_irq(&c, true, &err), err, "register");
+		client_exit(&c);
+		must_stop(sim);
+		sim_kexec(sim);
+		snprintf(fail, sizeof(fail), "%d:%d", fired + 1, fired % 2 ? ENOMEM : EIO);
+		sim_start(sim, NULL, fail);
+		cr_assert(sim_ready(sim), "%s", sim_log(sim));
+		more = strstr(sim_log(sim), "sim: call ") != NULL;
+		fired += more;
+		must_stop(sim);
+		must_start(sim);
+		if (must_rest(fail) == KHO_OUTCOME_RESTORED)
+			cr_assert(strstr(shown("--json"), "\"may_have_lost_irq\": true"), "call %d: %s", fired,
+				  shown("--json"));
+		must_claim(&known);
+		must_stop(sim);
+		again();
+	}
+	fprintf(stderr, "interrupts: %d calls failed one by one\n", fired);
+	cr_assert(fired > 50);
 }

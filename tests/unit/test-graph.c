@@ -209,24 +209,43 @@ Test(graph, every_byte_changed)
 }
 
 /* Released, and never changed again: an image with devices, as this version writes it. */
-Test(graph, golden)
+static void read_golden(const char *name, struct kho_image **ret)
 {
-	struct kho_image *b = NULL;
 	struct kho_error *err = NULL;
-	struct kho_graph *want = sample_graph();
 	struct kho *kho = NULL;
 	char path[256];
 	int fd;
 
 	cr_assert(kho_new(&kho, NULL, NULL) == 0);
-	snprintf(path, sizeof(path), "%s/golden/image-v1-devices", getenv("UNIT_SRC"));
+	snprintf(path, sizeof(path), "%s/golden/%s", getenv("UNIT_SRC"), name);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	cr_assert(fd >= 0, "%s", path);
-	cr_assert(kho_image_read_fd(kho, fd, false, &b, &err) == 0, "%s", kho_error_message(err));
+	cr_assert(kho_image_read_fd(kho, fd, false, ret, &err) == 0, "%s", kho_error_message(err));
+	close(fd);
+	kho_free(kho);
+}
+
+/* The older one asks for nothing, and nothing has happened to it. */
+Test(graph, golden)
+{
+	struct kho_graph *want = sample_graph();
+	struct kho_image *b = NULL;
+
+	read_golden("image-v1-devices", &b);
 	graphs_must_be_same(kho_image_graph(b), want);
 	cr_assert(kho_image_outcome(b) == KHO_OUTCOME_RESTORED);
-	close(fd);
-	kho_graph_free(want);
+	cr_assert(kho_image_claim_sec(b) == 0 && !kho_image_may_lose_irq(b) &&
+		  kho_image_restore_failure(b) == KHO_RESTORE_FAILURE_QUIESCE &&
+		  kho_image_arrived_usec(b, "01234567-89ab-cdef-0123-456789abcdef") == 0);
 	kho_image_free(b);
-	kho_free(kho);
+
+	read_golden("image-v1-policy", &b);
+	want->contexts[0].devices[0].may_have_lost_irq = true;
+	graphs_must_be_same(kho_image_graph(b), want);
+	cr_assert(kho_image_claim_sec(b) == 90 && kho_image_may_lose_irq(b) &&
+		  kho_image_survival(b) == KHO_SURVIVAL_BEST_EFFORT &&
+		  kho_image_restore_failure(b) == KHO_RESTORE_FAILURE_RELEASE &&
+		  kho_image_arrived_usec(b, "01234567-89ab-cdef-0123-456789abcdef") == 4000000);
+	kho_image_free(b);
+	kho_graph_free(want);
 }

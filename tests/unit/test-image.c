@@ -30,6 +30,7 @@ static struct kho_image *sample(size_t n)
 	kho_image_set_registered_usec(i, 1234567);
 	kho_image_set_policy(i, KHO_SURVIVAL_BEST_EFFORT, KHO_RESTORE_FAILURE_QUIESCE);
 	kho_image_set_claim_sec(i, 90);
+	kho_image_set_may_lose_irq(i, true);
 	cr_assert(kho_image_set_arrived(i, "0123-boot", 77, NULL) == 0);
 	cr_assert(kho_image_set_origin(i, "0123-boot", "7.3.4", 42, NULL) == 0);
 	for (size_t k = 0; k < n; k++) {
@@ -59,6 +60,7 @@ static void must_be_same(const struct kho_image *a, const struct kho_image *b)
 	cr_assert(kho_image_survival(a) == kho_image_survival(b));
 	cr_assert(kho_image_restore_failure(a) == kho_image_restore_failure(b));
 	cr_assert(kho_image_claim_sec(a) == kho_image_claim_sec(b));
+	cr_assert(kho_image_may_lose_irq(a) == kho_image_may_lose_irq(b));
 	cr_assert(kho_image_arrived_usec(a, "0123-boot") == kho_image_arrived_usec(b, "0123-boot"));
 	cr_assert(kho_image_arrived_usec(b, "0124-boot") == 0);
 	cr_assert(kho_image_registered_usec(a) == kho_image_registered_usec(b));

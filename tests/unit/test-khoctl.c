@@ -95,6 +95,8 @@ Test(khoctl, policies)
 	must(0, "claim       within 90 s of a handover", "K register vm4 f --claim-within 90; K show vm4");
 	must(0, "\"claim_sec\": 90", "K show vm4 --json");
 	must(0, "\"claim_left_sec\": 0", "K list --json");
+	must(0, "interrupts may get lost", "K register vm6 f --may-lose-irq; K show vm6");
+	must(0, "\"may_lose_irq\": false", "K show vm4 --json");
 	for (size_t i = 0; i < sizeof(seconds) / sizeof(seconds[0]); i++)
 		must(2, "--claim-within is a number of seconds", "K register vm5 f --claim-within '%s'",
 		     seconds[i]);

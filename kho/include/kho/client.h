@@ -94,6 +94,10 @@ enum kho_keep {
  *	stopped, and the memory is kept or freed as @restore_failure says; who claims it later
  *	gets KHO_OUTCOME_QUIESCED and the reason. Memory that has no devices and is kept anyway
  *	is not affected
+ * @may_lose_irq: its devices may use interrupts that they cannot keep pending while the kernel
+ *	is replaced: INTx, and MSI other than MSI-X. Without it a device that uses them is refused.
+ *	kho_claim_may_have_lost_irq() tells which it concerns. It takes the place of what
+ *	VFIO_DEVICE_FEATURE_LIVEUPDATE has set
  */
 struct kho_policy {
 	enum kho_keep keep;
@@ -102,6 +106,7 @@ struct kho_policy {
 	enum kho_restore_failure restore_failure;
 	uint32_t prepare_msec;
 	uint32_t claim_sec;
+	bool may_lose_irq;
 };
 
 /**
@@ -284,6 +289,15 @@ uint32_t kho_claim_id(const struct kho_claim *claim, const char *name, uint32_t 
 const char *kho_claim_name(const struct kho_claim *claim, size_t index);
 /** kho_claim_fd() - the @index-th descriptor, still owned by the claim; -1 if none or taken */
 int kho_claim_fd(const struct kho_claim *claim, size_t index);
+/**
+ * kho_claim_may_have_lost_irq() - may the device have lost an interrupt since it was registered?
+ * @claim: the claim
+ * @index: of the file
+ *
+ * Only with kho_policy.may_lose_irq: true unless the device used MSI-X when it came over. Look at the
+ * device as if each of its interrupts had come.
+ */
+bool kho_claim_may_have_lost_irq(const struct kho_claim *claim, size_t index);
 /** kho_claim_take_fd() - the @index-th descriptor (close-on-exec), now the caller's; -1 if none */
 int kho_claim_take_fd(struct kho_claim *claim, size_t index);
 
@@ -316,12 +330,14 @@ const char *kho_workload_state_name(enum kho_workload_state state);
  * @kind: "memfd" etc.
  * @token: LUO token
  * @size: bytes
+ * @may_have_lost_irq: of a device: in a handover since it was registered
  */
 struct kho_workload_file {
 	const char *name;
 	const char *kind;
 	uint64_t token;
 	uint64_t size;
+	bool may_have_lost_irq;
 };
 
 /**
@@ -342,6 +358,7 @@ struct kho_workload_file {
  * @prepare: a client is connected that is asked before a handover
  * @claim_sec: how long a claim is waited for after a handover; 0: for ever
  * @claim_left_sec: of that, in this kernel; 0: nothing ends by itself
+ * @may_lose_irq: interrupts that its devices cannot keep pending may get lost
  * @n_files: files in it
  * @bytes: sum of their sizes
  * @files: @n_files of them; NULL unless from kho_client_show()
@@ -363,6 +380,7 @@ struct kho_workload {
 	bool prepare;
 	uint32_t claim_sec;
 	uint32_t claim_left_sec;
+	bool may_lose_irq;
 	size_t n_files;
 	uint64_t bytes;
 	const struct kho_workload_file *files;

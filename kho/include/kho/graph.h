@@ -136,6 +136,7 @@ const char *kho_translation_mode_name(enum kho_translation_mode mode);
  * @name: bus and name as in sysfs, with a slash between
  * @noiommu: there is no IOMMU for it
  * @hwpt: index of what it is attached to; KHO_NONE
+ * @may_have_lost_irq: in a handover since it was registered
  * @translation: for people to see, nothing depends on it; unknown unless from
  *	kho_client_show()
  */
@@ -146,6 +147,7 @@ struct kho_device {
 	char name[KHO_DEVICE_NAME_MAX + 1];
 	bool noiommu;
 	uint32_t hwpt;
+	bool may_have_lost_irq;
 	struct kho_translation translation;
 };
 

@@ -199,6 +199,9 @@ void kho_image_set_policy(struct kho_image *image, enum kho_survival survival,
 /** kho_image_claim_sec() - how long a claim is waited for after a handover; 0: for ever */
 uint32_t kho_image_claim_sec(const struct kho_image *image);
 void kho_image_set_claim_sec(struct kho_image *image, uint32_t sec);
+/** kho_image_may_lose_irq() - may interrupts get lost that its devices cannot keep pending? */
+bool kho_image_may_lose_irq(const struct kho_image *image);
+void kho_image_set_may_lose_irq(struct kho_image *image, bool may);
 /**
  * kho_image_arrived_usec() - since when a claim is waited for in this kernel
  * @image: image

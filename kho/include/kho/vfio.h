@@ -80,6 +80,32 @@ int kho_vfio_attach(struct kho *kho, int dev, uint32_t *pt_id, bool must_equal,
 int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, uint64_t *size,
 		    struct kho_error **err);
 
+/**
+ * kho_vfio_set_liveupdate() - how a device is to be treated when it is preserved
+ * @kho: handle
+ * @dev: the device, borrowed, bound, not preserved
+ * @may_lose_irq: interrupts that it cannot keep pending may get lost; else a device that uses
+ *	INTx, or MSI other than MSI-X, is not preserved
+ * @deadline_msec: how long the next kernel leaves it running when nobody retrieves it; 0: the
+ *	kernel's default
+ * @err: error
+ *
+ * Replaces what was set before. Return: 0, -EBUSY (it is preserved), -ENOTTY (not with this
+ * kernel or driver), -errno.
+ */
+int kho_vfio_set_liveupdate(struct kho *kho, int dev, bool may_lose_irq, uint32_t deadline_msec,
+			    struct kho_error **err);
+
+/**
+ * kho_vfio_msix_enabled() - does the device signal by MSI-X, which it keeps pending while masked?
+ * @kho: handle
+ * @dev: the device, borrowed, bound
+ * @err: error
+ *
+ * Return: 1, 0, -errno.
+ */
+int kho_vfio_msix_enabled(struct kho *kho, int dev, struct kho_error **err);
+
 #ifdef __cplusplus
 }
 #endif
