@@ -22,6 +22,8 @@
  * devices of an IOMMU group can have but one.
  *
  * --claim-within S: the device is not to run on for longer than that without this program.
+ * --interrupts intx|msix: interrupts are set up, too, though nothing waits for one, to see what khod
+ *		makes of them; --may-lose-irq: they may get lost.
  * --alone: without khod, to see what gets lost then.
  * --lease: registered so that mappings can be changed until khod asks to be ready for a
  *		handover. To show that, it maps a page of its memory once more every second until
@@ -35,6 +37,7 @@
 #include <getopt.h>
 #include <inttypes.h>
 #include <kho/kho.h>
+#include <linux/vfio.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -42,6 +45,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
@@ -120,6 +125,8 @@ struct nic {
 	uint32_t handovers;
 	bool lease, group;
 	uint32_t claim_sec;
+	int irq_index;		/* VFIO_PCI_*_IRQ_INDEX; -1: none are set up */
+	bool may_lose_irq;
 	bool ready;		/* khod has preserved all: nothing can be changed */
 };
 
@@ -430,6 +437,28 @@ static void acknowledge(struct nic *n, struct kho_claim *claim)
 }
 
 /* Take up the device where it is. It receives packets while this runs. */
+/* The first one of each device, to an eventfd that ends with this program. */
+static void set_irqs(struct nic *n)
+{
+	for (size_t i = 0; n->irq_index >= 0 && i < n->n_ports; i++) {
+		struct {
+			struct vfio_irq_set set;
+			int32_t fd;
+		} arg = {
+			.set = {
+				.argsz = sizeof(arg),
+				.flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
+				.index = (uint32_t)n->irq_index,
+				.count = 1,
+			},
+			.fd = eventfd(0, EFD_CLOEXEC),
+		};
+
+		if (arg.fd < 0 || ioctl(n->ports[i].dev, VFIO_DEVICE_SET_IRQS, &arg) < 0)
+			die("interrupts", -errno, NULL);
+	}
+}
+
 static void resume(struct nic *n, struct kho_claim *claim)
 {
 	take_memory(n, claim);
@@ -440,6 +469,10 @@ static void resume(struct nic *n, struct kho_claim *claim)
 	for (size_t i = 0; i < n->n_ports; i++) {
 		struct port *p = &n->ports[i];
 
+		for (size_t k = 0; k < kho_claim_n_files(claim); k++)
+			if (strcmp(kho_claim_name(claim, k), names[i]) == 0 &&
+			    kho_claim_may_have_lost_irq(claim, k))
+				fprintf(stderr, "nic: %s may have lost interrupts\n", names[i]);
 		p->dev = take(claim, names[i]);
 		p->state->in_ring = receive_one(p);
 		for (uint64_t k = 0; k < N_PAGES; k++)
@@ -458,6 +491,7 @@ static void resume(struct nic *n, struct kho_claim *claim)
 		map_bar(n, p);
 		reg_write(p, E1000E_RDT, p->state->tail);
 	}
+	set_irqs(n);
 }
 
 /* drivers/vfio/vfio_main.c names the nodes of devices without an IOMMU like this. */
@@ -494,6 +528,7 @@ static void start(struct nic *n)
 		map_bar(n, p);
 		start_device(n, p);
 	}
+	set_irqs(n);
 }
 
 static void registration(struct nic *n)
@@ -505,6 +540,7 @@ static void registration(struct nic *n)
 	struct kho_policy policy = {
 		.keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD,
 		.claim_sec = n->claim_sec,
+		.may_lose_irq = n->may_lose_irq,
 	};
 	struct kho_error *err = NULL;
 	int r;
@@ -575,14 +611,16 @@ int main(int argc, char **argv)
 		{ "claim-within", required_argument, NULL, 'c' },
 		{ "device", required_argument, NULL, 'd' },
 		{ "group", no_argument, NULL, 'g' },
+		{ "interrupts", required_argument, NULL, 'i' },
 		{ "lease", no_argument, NULL, 'l' },
+		{ "may-lose-irq", no_argument, NULL, 'm' },
 		{ "name", required_argument, NULL, 'n' },
 		{ "socket", required_argument, NULL, 's' },
 		{ "status", required_argument, NULL, 'o' },
 		{},
 	};
 	struct nic n = { .workload = "nic", .status_path = "/run/nic.status", .memfd = -1,
-			 .iommufd = -1 };
+			 .iommufd = -1, .irq_index = -1 };
 	struct sigaction sa = { .sa_handler = on_signal };
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
@@ -605,6 +643,13 @@ int main(int argc, char **argv)
 			break;
 		case 'g':
 			n.group = true;
+			break;
+		case 'i':
+			n.irq_index = strcmp(optarg, "msix") == 0 ? VFIO_PCI_MSIX_IRQ_INDEX :
+								     VFIO_PCI_INTX_IRQ_INDEX;
+			break;
+		case 'm':
+			n.may_lose_irq = true;
 			break;
 		case 'l':
 			n.lease = true;

@@ -15,6 +15,7 @@ from .service import Khod, journal_says
 A_AND_B = (("minimal", False, ""), ("minimal", False, "-b"))
 
 
+NIC = "/usr/lib/khod/tests/nic"
 FILL = "vtd_iotlb_page_update"
 
 
@@ -253,18 +254,22 @@ def a_restore_that_fails_stops_the_device(ctx):
 
 
 CLAIM_WITHIN = 30
-LIMITED = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
-           "ExecStart=/usr/lib/khod/tests/nic --claim-within %d --status /run/lab-nic.status\\n' > $d/limited.conf; "
-           "sync; systemctl daemon-reload; systemctl stop lab-nic; khoctl release --of root nic; "
-           "systemctl start lab-nic" % CLAIM_WITHIN)
+
+
+def restart_driver(vm, options):
+    """The driver once more, with @options and nothing of its past."""
+    vm.run("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
+           f"ExecStart={NIC} {options} --status {nic.STATUS}\\n' > $d/options.conf; sync; "
+           "systemctl daemon-reload; systemctl stop lab-nic; ! khoctl show nic > /dev/null 2>&1 || "
+           "khoctl release --of root nic; systemctl start lab-nic", 120)
+    return nic.wait_running(vm)
 
 
 def not_claimed_in_time(ctx, machine):
     with booted(ctx, machine) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
-        vm.run(LIMITED, 60)
-        nic.wait_running(vm)
+        restart_driver(vm, f"--claim-within {CLAIM_WITHIN}")
         vm.run("systemctl disable lab-nic; head -c 1M /dev/urandom > /tmp/blob; khoctl register blob "
                f"/tmp/blob --on-failure release --claim-within {CLAIM_WITHIN}; sync")
         sender = Sender(vm.senders[0], 500, vm.dir / "sent")
@@ -317,6 +322,28 @@ def a_device_that_nobody_claims_in_time_is_stopped_legacy(ctx):
     not_claimed_in_time(ctx, "vtd-legacy")
 
 
+@test(part="nic")
+def interrupts_that_may_get_lost_are_a_policy(ctx):
+    """INTx is refused by name unless the workload accepts it, and then its client is told; MSI-X is kept."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        vm.run("systemctl stop lab-nic; khoctl release --of root nic")
+        r = vm.run(f"{NIC} --interrupts intx --status /run/refused", check=False)
+        expect(r.status == 1 and "device: cannot be preserved: it uses INTx or MSI" in r.err, f"{r.status}: {r.err}")
+        for kind in ("intx", "msix"):
+            restart_driver(vm, f"--interrupts {kind} --may-lose-irq")
+            expect(shown(vm)["may_lose_irq"], shown(vm))
+            since = len(vm.journal.lines)
+            vm.kexec()
+            khod.settled()
+            nic.wait_running(vm, 180)
+            journal_says(vm, "Workload nic is restored", since)
+            told = [x for x in list(vm.journal.lines)[since:] if "nic: device may have lost interrupts" in x]
+            expect(len(told) == (kind == "intx"), f"{kind}: {told}")
+            ctx.figure(kind, "the client is told" if told else "kept by the device")
+
+
 @test(part="nic", kernels=A_AND_B)
 def packets_are_lost_without_khod(ctx):
     """Negative control: the same driver that keeps its descriptors to itself."""
@@ -329,7 +356,6 @@ def packets_are_lost_without_khod(ctx):
                f"it fails, but not on packets: {'; '.join(judge(c))}")
 
 
-NIC = "/usr/lib/khod/tests/nic"
 # Workload: its user and its devices, by slot; "nic" is lab-nic.service's.
 OTHERS = {"pair": ("daemon", ("02:00.0", "03:00.0")), "idle": ("games", ("04:00.0",))}
 
