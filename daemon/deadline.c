@@ -6,8 +6,9 @@
  * never come. So a workload may say for how long after a handover it can be claimed; then its
  * devices are stopped, and its memory is kept or freed by the policy for a restore that fails.
  *
- * The time counts from when the workload had been brought into order in this kernel. That moment
- * is in its image, by CLOCK_BOOTTIME, which nobody can set, so that a khod that is started again goes on
+ * The time counts from when the workload had been brought into order in this kernel, and khod has begun
+ * to listen, as others may take longer. The former is in the workload's image, by CLOCK_BOOTTIME, which nobody
+ * can set, the latter in the timeline, so that a khod that is started again goes on
  * counting; each handover begins anew. A claim that has been answered, and not acknowledged yet, is
  * waited for (DEADLINE_ACK): its client has all of it. If it goes away without, the time is up at once.
  */
@@ -33,7 +34,7 @@ uint64_t boottime_usec(void)
 /* CLOCK_BOOTTIME; UINT64_MAX: never. */
 static uint64_t due(const struct khod *k, const struct workload *w)
 {
-	uint64_t arrived;
+	uint64_t arrived, ready;
 	bool release;
 
 	if (!w->image || kho_image_claim_sec(w->image) == 0)
@@ -46,7 +47,8 @@ static uint64_t due(const struct khod *k, const struct workload *w)
 	/* Is there something to stop, or to free? */
 	if (!arrived || !(kho_image_has_devices(w->image) || (release && workload_n_files(w) > 0)))
 		return UINT64_MAX;
-	return arrived + kho_image_claim_sec(w->image) * USEC;
+	ready = timeline_ready_usec(k);
+	return (arrived > ready ? arrived : ready) + kho_image_claim_sec(w->image) * USEC;
 }
 
 uint64_t deadline_left(const struct khod *k, const struct workload *w)

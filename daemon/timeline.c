@@ -288,6 +288,14 @@ void timeline_ready(struct khod *k)
 			  "systemd cannot be asked for its part of the timeline: %s.", strerror(-r));
 }
 
+uint64_t timeline_ready_usec(const struct khod *k)
+{
+	const struct kho_timeline_mark *m =
+		k->timeline.bank ? find(k->timeline.bank, KHO_MARK_READY, NULL) : NULL;
+
+	return m ? boottime_usec() - (monotonic_usec() - m->at.monotonic / 1000) : 0;
+}
+
 static int on_exit_of(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 {
 	struct workload *w = userdata;

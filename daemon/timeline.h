@@ -48,6 +48,12 @@ void timeline_need(struct khod *k);
 void timeline_ended(struct khod *k, enum kho_timeline_what what, const char *workload);
 /** timeline_ready() - the handover is over but for claims; PID 1 is asked for its part */
 void timeline_ready(struct khod *k);
+/**
+ * timeline_ready_usec() - when khod began to listen in this kernel, whichever khod it was
+ *
+ * Return: CLOCK_BOOTTIME; 0: it has not, or that is not known.
+ */
+uint64_t timeline_ready_usec(const struct khod *k);
 /** timeline_note() - of the kernel before a handover, not of a workload; the last time counts */
 void timeline_note(struct khod *k, enum kho_timeline_what what);
 /** timeline_stopped() - the client of a workload has ended */
