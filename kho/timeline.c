@@ -171,12 +171,15 @@ static void join_clocks(struct timeline *t)
 	} else {
 		between = (double)b->monotonic;
 	}
-	t->shift = (int64_t)a->monotonic + (int64_t)between - (int64_t)b->monotonic;
+	/* A damaged log may say anything; it comes out as nonsense, and no more than that. */
+	if (between >= 0x1p63)
+		between = 0;
+	t->shift = (int64_t)(a->monotonic + (uint64_t)between - b->monotonic);
 }
 
 static uint64_t since_request(const struct timeline *t, int64_t when)
 {
-	return when > t->origin ? (uint64_t)(when - t->origin) : 0;
+	return when > t->origin ? (uint64_t)when - (uint64_t)t->origin : 0;
 }
 
 static uint64_t of_old(const struct timeline *t, uint32_t what)
@@ -188,7 +191,7 @@ static uint64_t of_old(const struct timeline *t, uint32_t what)
 
 static uint64_t of_new(const struct timeline *t, uint64_t monotonic)
 {
-	return since_request(t, (int64_t)monotonic + t->shift);
+	return since_request(t, (int64_t)(monotonic + (uint64_t)t->shift));
 }
 
 static void phase_add(struct timeline *t, const char *name, bool blackout, uint64_t start,
