@@ -206,11 +206,12 @@ static void killed(const char *fault)
 	logind_announce(logind, "kexec");
 	if (kho_client_event(c, 20000, &ev, NULL) == 0 && ev.kind == KHO_EVENT_PREPARE && fault)
 		(void)kho_client_ready(c, &ev, NULL);
+	/* Before the client ends, which khod would answer by giving the handover up. */
+	if (!fault)
+		kill_khod();
 	kho_client_free(c);
 	if (fault)
 		cr_assert(sim_killed(sim_wait(sim)), "%s never fired\n%s", fault, sim_log(sim));
-	else
-		kill_khod();
 	cr_assert(logind_locks(logind, "delay") == 1, "%s: the lock has gone with khod", fault);
 	must_start(sim);
 	cr_assert(logind_proceed(logind) == 0, "%s\n%s", fault, sim_log(sim));
