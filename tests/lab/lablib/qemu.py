@@ -148,13 +148,15 @@ class VM:
     @trace:   QEMU trace events
     @disk_options: more for the -drive of each nvme, such as throttling
     @arguments: more for QEMU
+    @icount: the guest's clock is the number of its instructions, one a nanosecond: what it
+              measures is the same however busy the host is (with TCG, never with KVM)
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
               compacts before anything else (with a bare init: before kexec() returns)
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=()):
+                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=(), icount=False):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
         self.emulator = emulator(qemu or profile(machine)[2])
@@ -171,7 +173,9 @@ class VM:
         self.senders = []           # host ends of the netdevs, in the order of the devices
         self.boots = 0
         self.mark = 0               # line of the console at which the current boot began
-        self.accel = accelerator(self.kernel)
+        self.accel = "tcg" if icount else accelerator(self.kernel)
+        if icount:
+            self.arguments += ["-icount", "shift=0"]
         self._sockdir = tempfile.mkdtemp(prefix="lab-")     # short: a socket's path has 107 bytes
 
     # --- starting and stopping -----------------------------------------------

@@ -64,12 +64,12 @@ class Run:
     than that; @shared are files and folders for the share with the guest, with their names there.
     The run ends when the guest is off; without @judge it may say that something failed. @second
     is the other device, which gets packets as well if it is a function of the first one;
-    @arguments are more for QEMU.
+    @arguments are more for QEMU, @icount is that of VM.
     """
 
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
                  timeout=240, kernel=None, nexts=(), machine="noiommu", memory="512M", trace=(),
-                 judge=True, second="e1000e", shared=(), arguments=()):
+                 judge=True, second="e1000e", shared=(), arguments=(), icount=False):
         # The host's wall clock less its monotonic one: QEMU's trace has the former.
         self.offset = time.time() - time.monotonic()
         self.device, self.senders, self.sent, self.sibling_sent = device, [], [], []
@@ -79,7 +79,7 @@ class Run:
         with ctx.vm(kernel=kernel, init="dma-guest", memory=memory, devices=[device, second],
                     machine=machine, disk_options=THROTTLE,
                     trace=("pci_cfg_write", *EVENTS[device], *trace),
-                    arguments=PCIEHP if native else arguments,
+                    arguments=PCIEHP if native else arguments, icount=icount,
                     append=f"dma.device={device} dma.mode={mode} dma.kexecs={kexecs} "
                            f"{options}") as vm:
             self.vm, self.deadline = vm, time.monotonic() + timeout

@@ -35,9 +35,9 @@ def faults(run):
 class Replaces:
     """A run of @count replaces in @mode, more if they take less than a second, and what came of it."""
 
-    def __init__(self, ctx, mode, count, *, rate=2000, kernel=None):
+    def __init__(self, ctx, mode, count, *, rate=2000, kernel=None, icount=False):
         run = Run(ctx, mode="replace", rate=rate, options=f"dma.replaces={count}", kernel=kernel,
-                  machine=MODES.get(mode, mode), trace=(FAULT,), timeout=120 + count / 20)
+                  machine=MODES.get(mode, mode), trace=(FAULT,), timeout=120 + count / 20, icount=icount)
         said, got = run.lines("REPLACED"), run.result()
         expect(said, f"the replaces did not come to their end; see {run.vm.dir}")
         self.hitless = bool(run.lines("hitless 1"))
@@ -51,6 +51,8 @@ class Replaces:
         self.sent, self.lost = len(run.sent), len(run.sent) - got["received"]
         self.damaged = got["bad"] + got["doubled"] + got["incomplete"]
         self.faults = faults(run)
+        if icount:          # the times are numbers of instructions
+            return
         ctx.figure(mode, f"{self.count:.0f} replaces in {self.seconds:.1f} s ({self.each:.0f} us each), "
                          f"{self.sent} packets, {self.meanwhile} written meanwhile, {self.lost} lost, "
                          f"{self.damaged} damaged, {self.faults} faults")
@@ -81,6 +83,21 @@ def add(mode):
         expect(old.lost, f"nothing of {old.sent} packets was lost: the test cannot fail")
         expect(old.faults, "no fault counted")
         expect(not old.hitless, "the unpatched kernel says that replacing is hitless")
+
+
+def instructions(ctx, mode, kernel):
+    """How many instructions the guest executes for one replace, the system call included."""
+    return 1000 * Replaces(ctx, mode, 2000, rate=100, kernel=kernel, icount=True).median
+
+
+def add_cost(mode):
+    @test(f"a-replace-takes-few-instructions-{mode}", part="vtd", kernels=(MINIMAL, UNPATCHED))
+    def cost(ctx):
+        """At most a tenth more than the unpatched driver, which blocks the device meanwhile."""
+        new, old = (instructions(ctx, mode, ctx.kernel(unpatched=x)) for x in (False, True))
+        ctx.figure("instructions", f"{new:.0f} a replace, {old:.0f} on the unpatched kernel")
+        expect(old > 1000, "the guest's clock does not count instructions")
+        expect(new <= old * 1.1, f"{new / old:.2f} times those of the unpatched kernel")
 
 
 class Kexec(Run):
@@ -127,6 +144,7 @@ def add_kexec(mode):
 
 for name in MODES:
     add(name)
+    add_cost(name)
     add_kexec(name)
 
 
