@@ -448,6 +448,19 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 }
 
 /*
+ * PID 1 closes what it takes out of its store a little later than it says so, and until then the file
+ * is in that session. Is @r, for a file that is in no workload, worth another try? Then this waits.
+ */
+static bool busy_closing(struct khod *k, int r, struct kho_error **err)
+{
+	if (r != -EBUSY || !fdstore_closing(&k->fdstore))
+		return false;
+	*err = kho_error_free(*err);
+	nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
+	return true;
+}
+
+/*
  * The policy for interrupts, for the kernel, which enforces it from here to the freeze. What is
  * preserved already, or cannot be told, is for PRESERVE_FD to judge.
  */
@@ -455,13 +468,9 @@ static int set_liveupdate(struct khod *k, int fd, bool may_lose_irq, struct kho_
 {
 	int r;
 
-	for (;;) {
+	do {
 		r = kho_vfio_set_liveupdate(k->kho, fd, may_lose_irq, 0, err);
-		if (r != -EBUSY || !fdstore_closing(&k->fdstore))
-			break;
-		*err = kho_error_free(*err);
-		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
-	}
+	} while (busy_closing(k, r, err));
 	if (r != -EBUSY && r != -ENOTTY && r != -EINVAL)
 		return r;
 	*err = kho_error_free(*err);
@@ -482,23 +491,18 @@ static void explain_irq(struct khod *k, struct workload *w, const struct kho_ima
 			      "it uses INTx or MSI, by which interrupts would be lost in the handover: use MSI-X, or register it with a policy that accepts that (khoctl register --may-lose-irq)");
 }
 
-/*
- * Preserve a file. PID 1 closes what it takes out of its store a little later than it says so,
- * and until then the file is in that session: what is in no workload is tried again for a while.
- */
+/* Preserve a file; whose it is if it is in another workload. */
 static int preserve_file(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
 			 struct kho_error **err)
 {
 	int r;
 
-	for (;;) {
+	do {
 		r = kho_luo_preserve(k->kho, w->session, fd, f->token, err);
-		if (r != -EBUSY || domain_explain(k, w->image, f->kind, fd, err) < 0 ||
-		    !fdstore_closing(&k->fdstore))
+		if (r == -EBUSY && domain_explain(k, w->image, f->kind, fd, err) < 0)
 			return r;
-		*err = kho_error_free(*err);
-		nanosleep(&(struct timespec){ .tv_nsec = 20 * 1000 * 1000 }, NULL);
-	}
+	} while (busy_closing(k, r, err));
+	return r;
 }
 
 static int preserve_one(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
