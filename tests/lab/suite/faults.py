@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every allocation of preserving a real device fails once, and each step of early boot.
+"""Every allocation of preserving a real device, and of taking it back, fails once; each step of early boot.
 
 The guest's half is guest/dma-guest/faults.c.
 """
@@ -67,6 +67,38 @@ def every_allocation_and_page_of_preserving_fails_once(ctx):
     run.no_packet_lost()
     expect(run.lines("ok counts") and run.lines("ok leaks"), "leaks were not looked for")
     show(ctx, run, swept(run, PRESERVE))
+
+
+RETRIEVE = ("retrieve-session", "retrieve-memfd", "retrieve-iommufd", "retrieve-device", "bind",
+            "replace", "finish")
+
+
+def taking_back(ctx, machine):
+    """Each failure ends with DMA going on or the device stopped, and no memory is lost.
+
+    What can be done once in a kernel has a kernel for each failure; then all is set up anew.
+    """
+    run = Run(ctx, mode="faultsretrieve", rate=200, kernel=ctx.kernel("faults"), machine=machine,
+              timeout=2400)
+    found = swept(run, RETRIEVE)
+    got = run.result()
+    expect(not (got["bad"] or got["doubled"] or got["incomplete"]), f"damage: {got}")
+    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    left = Counter(x.split("LEFT ")[1] for x in run.lines("LEFT "))
+    expect(len(left) == 1, f"memory that is in use when all is closed depends on what failed: {left}")
+    ends = Counter(re.sub(r".*FAULT \S+ \d+: ", "", x) for x in run.lines("FAULT "))
+    show(ctx, run, found)
+    ctx.figure("ends", "; ".join(f"{n} {k}" for k, n in ends.items()))
+
+
+@test(part="faults-retrieve", kernels=KERNEL)
+def every_allocation_of_taking_back_fails_once(ctx):
+    taking_back(ctx, "noiommu")
+
+
+@test(part="faults-retrieve", kernels=KERNEL)
+def every_allocation_of_taking_back_behind_vtd_fails_once(ctx):
+    taking_back(ctx, "vtd-scalable")
 
 
 # By luo_restore_fail(), with all of the memory still reserved.

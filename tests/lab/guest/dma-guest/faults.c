@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Every allocation of preserving fails once, and each step of the next kernel's early boot
+ * Every allocation of preserving and of taking back fails once, and each step of early boot
  *
  * By /proc/self/fail-nth: preserving is done with its first allocation failing, then its
  * second, and so on until there is none left to fail. Each time it ends in an error after
@@ -12,6 +12,7 @@
  */
 
 #include "guest.h"
+#include <sys/mman.h>
 #include <sys/mount.h>
 
 #define FAIL	"/sys/kernel/debug/"
@@ -68,7 +69,8 @@ static void sweep(const char *name, int (*op)(void), void (*undo)(void))
 			return;
 		}
 		say("FAULT %s %u: %s", name, n, ret < 0 ? strerror(-ret) : "done");
-		driver->take(true);
+		if (mem)
+			driver->take(true);
 		undo();
 	}
 }
@@ -170,11 +172,14 @@ static void give_up(void)
 			close(*fds[i]);
 		*fds[i] = -1;
 	}
+	if (mem)
+		munmap(mem, MEM_SIZE);
+	mem = NULL;
 	if (session >= 0)
 		end_session();
 	else
 		wait_for_deadline();
-	say("%s quiesced after a failure", is_master(BDF) ? "FAIL not" : "ok");
+	say("%s quiesced when it was given up", is_master(BDF) ? "FAIL not" : "ok");
 }
 
 /* From bound to finished. */
@@ -243,4 +248,216 @@ void faults_boot_next(int stage)
 	take_over();
 	run_for(1);
 	finish_run();
+}
+
+static int op_retrieve_session(void)
+{
+	session = try_retrieve_session("dma");
+	return session;
+}
+
+static int op_retrieve_memfd(void)
+{
+	memfd = try_retrieve(TOK_MEM);
+	return memfd;
+}
+
+static int op_retrieve_iommufd(void)
+{
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	return iommufd;
+}
+
+static int op_retrieve_device(void)
+{
+	dev = try_retrieve(TOK_DEV);
+	return dev;
+}
+
+static int op_replace(void)
+{
+	return try_attach(ioas_id);
+}
+
+/* It failed, and nothing has happened: the next try starts from there. */
+static void undo_nothing(void)
+{
+}
+
+/* For a replace that was done all the same there is a way back, as nothing is finished yet. */
+static uint32_t old_hwpt;
+
+static void undo_replace(void)
+{
+	must(try_attach(old_hwpt), "replace, and back");
+}
+
+/*
+ * Binding a device switches it on by ACPI, whose interpreter allocates a thousand times and more,
+ * none of them on behalf of this series. Its allocations are not counted.
+ */
+static void leave_out_acpi(void)
+{
+	unsigned long long begin = 0, at;
+	char line[256], name[128], text[32];
+	FILE *f = fopen("/proc/kallsyms", "r");
+
+	while (f && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%llx %*c %127s", &at, name) != 2)
+			continue;
+		if (begin && at > begin)
+			break;
+		if (!strcmp(name, "acpi_ns_evaluate"))
+			begin = at;
+	}
+	if (f)
+		fclose(f);
+	errno = ENOENT;
+	check(begin ? 0 : -1, "acpi_ns_evaluate");
+	for (const char *const *dir = (const char *const []) { "failslab", "fail_page_alloc", NULL };
+	     *dir; dir++) {
+		char path[128];
+
+		snprintf(path, sizeof(path), FAIL "%s/stacktrace-depth", *dir);
+		must(put(path, "32"), path);
+		snprintf(path, sizeof(path), FAIL "%s/reject-start", *dir);
+		snprintf(text, sizeof(text), "%#llx", begin);
+		must(put(path, text), path);
+		snprintf(path, sizeof(path), FAIL "%s/reject-end", *dir);
+		snprintf(text, sizeof(text), "%#llx", at);
+		must(put(path, text), path);
+	}
+}
+
+/* With all of it bound. */
+static void sweep_bound(void)
+{
+	map_bar();
+	driver->resume();
+	old_hwpt = find_frozen();
+	make_ioas();
+	sweep("replace", op_replace, undo_replace);
+	check_dma();
+	check_pages();
+	try_destroy(old_hwpt, 0, "destroy the frozen HWPT");
+	sweep("finish", try_finish, undo_nothing);
+	end_session();
+	check_dma();
+}
+
+/*
+ * What is done once with a device, so that a failure needs a kernel of its own, but for steps
+ * that can be done @again.
+ */
+static const struct {
+	const char *name;
+	int (*op)(void);
+	bool again;
+} once[] = {
+	{ .name = "retrieve-session", .op = op_retrieve_session, .again = true },
+	{ .name = "retrieve-memfd", .op = op_retrieve_memfd },
+	{ .name = "retrieve-iommufd", .op = op_retrieve_iommufd },
+	{ .name = "retrieve-device", .op = op_retrieve_device },
+	{ .name = "bind", .op = try_bind, .again = true },
+};
+
+#define NR_ONCE	(sizeof(once) / sizeof(once[0]))
+
+/* The step @step with the allocation @point failing, or the next ones, too. Returns the next one. */
+static unsigned int fail_once(unsigned int step, unsigned int point, int *ret)
+{
+	bool fired;
+
+	do {
+		arm(point);
+		*ret = once[step].op();
+		fired = disarm();
+		if (!fired)
+			return 0;
+		say("FAULT %s %u: %s, the device %s", once[step].name, point++,
+		    *ret < 0 ? strerror(-*ret) : "done", is_master(BDF) ? "goes on" : "is stopped");
+		if (mem)
+			driver->take(true);
+	} while (*ret < 0 && once[step].again);
+	return point;
+}
+
+/* Set everything up anew, and hand it over to a kernel in which the next allocation fails. */
+static void __attribute__((noreturn)) once_more(int stage, unsigned int step, unsigned int point)
+{
+	char add[64];
+
+	/* QEMU's e1000e keeps its rings when it is reset by power management. */
+	must(put(PCI_DEVICE BDF "/reset_method", "bus"), "reset_method");
+	first(false);
+	check_dma();
+	snprintf(add, sizeof(add), "dma.step=%u dma.point=%u", step, point);
+	load_kernel(stage + 1, 1, add);
+	create_session("dma");
+	preserve_all();
+	do_kexec();
+	die("kexec");
+}
+
+static void say_counts(void)
+{
+	struct counts c = count_pages();
+	char line[128];
+	long total = 0;
+	FILE *f = fopen("/proc/meminfo", "r");
+
+	while (f && fgets(line, sizeof(line), f))
+		if (sscanf(line, "MemTotal: %ld", &total) == 1)
+			break;
+	if (f)
+		fclose(f);
+	say("LEFT preserved=%ld pinned=%ld tables=%ld files=%ld total=%ld", c.preserved, c.pinned,
+	    c.tables, c.files, total / 4);
+}
+
+void faults_retrieve_next(int stage)
+{
+	unsigned int step = atoi(param("dma.step", "0")), point = atoi(param("dma.point", "1"));
+	unsigned int next = 0;
+	int ret = 0;
+
+	enable();
+	leave_out_acpi();
+	for (unsigned int i = 0; i < NR_ONCE && ret >= 0; i++) {
+		if (i != step) {
+			ret = once[i].op();
+		} else {
+			next = fail_once(step, point, &ret);
+			if (!next) {
+				must(ret, once[step].name);
+				say("SWEPT %s points=%u", once[step].name, point - 1);
+			}
+		}
+		if (ret >= 0 && once[i].op == op_retrieve_memfd)
+			map_mem();
+	}
+	if (next) {
+		point = next;
+	} else {
+		step++;
+		point = 1;
+	}
+	if (ret >= 0) {
+		if (step == NR_ONCE) {
+			sweep_bound();
+			run_for(1);
+			finish_run();
+		}
+		take_over();
+		check_dma();
+		unmap_bar();
+	}
+	give_up();
+	say_counts();
+	if (ret < 0) {
+		fill_memory();
+		sleep(1);
+		check_filler();
+	}
+	once_more(stage, step, point);
 }

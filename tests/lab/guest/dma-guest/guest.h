@@ -33,7 +33,8 @@
  *   dma.next=ARG one more argument for each next kernel
  *   dma.modules=root modules are to be loaded from the root file system, see modules.c
  *   dma.leaks=1  look for memory that the kernel leaked, where it can tell, in each kernel
- *   dma.stage=K, dma.left=M, dma.mark=ADDRESS are set by itself
+ *   dma.stage=K, dma.left=M, dma.mark=ADDRESS are set by itself,
+ *   and so are dma.step=I and dma.point=J, which allocation is to fail
  */
 #ifndef DMA_GUEST_H
 #define DMA_GUEST_H
@@ -294,6 +295,7 @@ void check_counts(const struct counts *before);
 void faults_preserve_first(void);
 void faults_boot_first(void);
 void faults_boot_next(int stage);
+void faults_retrieve_next(int stage);
 
 void set_deadline(uint32_t ms);
 void failing_reboot(const char *why, int error);

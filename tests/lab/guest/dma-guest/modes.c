@@ -990,6 +990,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "modulesnever", .first = modules_never_first, .next = modules_never_next },
 		{ .name = "faultspreserve", .first = faults_preserve_first, .stays = true },
 		{ .name = "faultsboot", .first = faults_boot_first, .next = faults_boot_next },
+		{ .name = "faultsretrieve", .next = faults_retrieve_next },
 		{ .name = "unplugold", .first = unplugold_first, .stays = true },
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
