@@ -289,6 +289,7 @@ struct counts {
 	long files;		/* of memfds */
 };
 struct counts count_pages(void);
+struct counts count_other_pages(void);
 void check_counts(const struct counts *before);
 
 /* faults.c */
