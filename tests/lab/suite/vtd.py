@@ -293,7 +293,8 @@ def large_pages_are_carried_over(ctx):
     run = Kexec(ctx, "legacy", 1)
     run.judge(ctx, 1)
     small, large = run.page_sizes()
-    expect(large > 10 and not small, f"{small} translations of 4 KiB, {large} of 2 MiB")
+    # A page is looked up once, until something is invalidated: few of these say it.
+    expect(large > 5 and not small, f"{small} translations of 4 KiB, {large} of 2 MiB")
 
 
 @test(part="vtd")
