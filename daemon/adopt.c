@@ -970,6 +970,14 @@ static void drop_partial_fds(struct khod *k, struct workload *w)
 	w->fds = NULL;
 }
 
+static void failed(struct khod *k, struct workload *w)
+{
+	drop_partial_fds(k, w);
+	log_event(LOG_ERR, MSG_FAILED, w->name,
+		  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
+		  w->name, workload_reason(w));
+}
+
 /* The end of it, as @r says. @g is freed. */
 static void settle(struct khod *k, struct group *g, int r)
 {
@@ -978,10 +986,7 @@ static void settle(struct khod *k, struct group *g, int r)
 	if (r < 0)
 		workload_fail(w, &g->err, r);
 	if (w->state == WORKLOAD_FAILED) {
-		drop_partial_fds(k, w);
-		log_event(LOG_ERR, MSG_FAILED, w->name,
-			  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
-			  w->name, workload_reason(w));
+		failed(k, w);
 	} else if (r == BROUGHT) {
 		settle_fds(k, w);
 		log_event(LOG_INFO, MSG_CARRIED, w->name,
@@ -1184,10 +1189,7 @@ int workload_give_up(struct khod *k, struct workload *w, const char *why, struct
 	r = bring_and_transfer(k, &g, err);
 	if (r < 0) {
 		workload_fail(w, err, r);
-		drop_partial_fds(k, w);
-		log_event(LOG_ERR, MSG_FAILED, w->name,
-			  "Workload %s could not be brought into order: %s. Nothing of it has been discarded.",
-			  w->name, workload_reason(w));
+		failed(k, w);
 	} else {
 		settle_fds(k, w);
 	}
