@@ -9,7 +9,7 @@ in dma.py.)
 import re
 
 from lablib.check import expect, test
-from .dma import Run
+from .dma import Run, pending
 
 
 def filled(run):
@@ -71,3 +71,19 @@ def control_memory_is_damaged_without_the_reset(ctx):
     ctx.figure("written", "%d packets, %d bytes changed with; %d, %d without the protection" % (*kept, *gone))
     expect(kept == (0, 0), f"packets written, bytes of others changed: {kept}")
     expect(min(gone) > 10, f"only {gone} without the protection: the test cannot fail")
+
+
+@test(part="dma")
+def control_interrupts_are_lost_without_the_masking(ctx):
+    """They are messages to the second CPU, which forgets them when the next kernel starts it.
+
+    The first CPU keeps them, and the next kernel takes them for interrupts of the 8259s, which it
+    does not acknowledge to the local APIC: no other ones come any more, and it hangs.
+    """
+    def run(options, **kw):
+        return pending(ctx, f"dma.cpus=2 {options}", cpus=2, **kw)
+    kept, lost = run(""), run("pci_liveupdate.test_no_mask=1", judge=False)
+    ctx.figure("fired", "%d vectors, %d messages in the blackout with; %d, %d without the protection"
+               % (*kept, *lost))
+    expect(kept == (8, 0), f"vectors that fired, messages in the blackout: {kept}")
+    expect(lost[0] == 0 and lost[1] >= 8, f"{lost} without the protection: the test cannot fail")

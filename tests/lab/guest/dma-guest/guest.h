@@ -18,6 +18,7 @@
  *   dma.mode=    what to do instead of the plain run, see modes.c
  *   dma.kexecs=N how many to do in a row
  *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
+ *   dma.cpus=MASK which CPUs the first kernel directs them to
  *   dma.unclaimed=1 the kernels between the first and the last take everything back as an
  *                agent does: no interrupts are set up, the BAR is not mapped
  *   dma.fill=1   fill free memory before anything is retrieved

@@ -79,8 +79,13 @@ void first(bool irq)
 	say("SETUP cold=%.1f", (now() - t0) * 1e3);
 	map_bar();
 	bus_master(dev);
-	if (irq)
+	if (irq) {
+		const char *cpus = param("dma.cpus", "");
+
+		if (*cpus)
+			must(put("/proc/irq/default_smp_affinity", cpus), "default_smp_affinity");
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
+	}
 	note_pages();
 	driver->start(irq);
 	say("READY");
