@@ -372,6 +372,15 @@ def what_would_be_lost_is_refused_at_preserve(ctx, **kw):
     Run(ctx, mode="refusals", **kw).no_packet_lost()
 
 
+@test(part="dma", kernels=(("faults", False, ""),))
+def a_bar_that_is_exported_is_refused_at_preserve(ctx):
+    """As a DMABUF, which is in the IOAS, and is not. Only one kernel of the lab can make one."""
+    run = Run(ctx, mode="refusals", kernel=ctx.kernel("faults"), machine="vtd-legacy")
+    run.no_packet_lost()
+    for what in ("with a DMABUF", "a device with a BAR that is exported"):
+        expect(run.lines(f"ok preserve {what}"), f"there was no DMABUF; see {run.vm.dir}")
+
+
 @everywhere
 @test()
 def nobody_gets_at_a_device_that_waits(ctx, **kw):
@@ -487,7 +496,7 @@ def a_kexec_is_refused_while_an_unplug_is_pending(ctx, **kw):
 @everywhere
 @test(part="dma")
 def a_device_with_virtual_functions_is_refused(ctx, **kw):
-    """And virtual functions of a preserved device are. QEMU's igb drops packets while it has some."""
+    """So is one of them, and making some of a preserved device. QEMU's igb drops packets meanwhile."""
     Run(ctx, device="igb", mode="sriov", kexecs=0, options="vfio_pci.enable_sriov=1", **kw)
 
 

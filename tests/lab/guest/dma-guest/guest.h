@@ -209,6 +209,7 @@ void bind_vfio_pci(const char *bdf);
 void show_driver(void);
 int open_dev(int nr);
 int bind_dev(int fd, int ctx);
+int bind_vf(int fd, int ctx, int pf);
 int try_bind(void);
 int attach_dev(int fd, uint32_t pt);
 int try_attach(uint32_t id);

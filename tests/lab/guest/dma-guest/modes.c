@@ -595,14 +595,20 @@ static void refuse_dmabuf(uint64_t iova)
 		refused("a DMABUF", -1, IOMMU_LIVEUPDATE_BACKING_DMABUF);
 		unmap(iova, PAGE);
 	}
+	create_session("dma");
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	must(try_preserve(iommufd, TOK_IOMMUFD), "preserve iommufd");
+	ret = try_preserve(dev, TOK_DEV);
+	verdict(ret == -EOPNOTSUPP, "preserve a device with a BAR that is exported", ret);
+	end_session();
 	close(fd);
 }
 
 /*
- * Devices that are refused behind an IOMMU, by name: all are attached, and the first one
- * goes on with DMA beside them. @bdfs: those that are attached to one IOAS.
+ * Devices that are refused, by name: all are attached, and the first one goes on with DMA
+ * beside them. @bdfs: those that are attached to one IOAS; @vf: virtual functions of the first.
  */
-static void refuse_devices(const char *what, const char *const *bdfs, uint32_t reason)
+static void refuse_devices(const char *what, const char *const *bdfs, bool vf, uint32_t reason)
 {
 	static int nr = 1;
 	int ctx = iommufd, fds[2], mem_fd = memfd, n = 0;
@@ -617,7 +623,7 @@ static void refuse_devices(const char *what, const char *const *bdfs, uint32_t r
 		bind_vfio_pci(bdfs[n]);
 		fds[n] = open_dev(nr++);
 		check(fds[n], bdfs[n]);
-		must(bind_dev(fds[n], iommufd), bdfs[n]);
+		must(vf ? bind_vf(fds[n], iommufd, dev) : bind_dev(fds[n], iommufd), bdfs[n]);
 		must(attach_dev(fds[n], ioas), bdfs[n]);
 	}
 	refused(what, -1, reason);
@@ -635,9 +641,9 @@ static void refused_devices_first(void)
 	static const char *const function[] = { "0000:03:00.0", NULL };
 	static const char *const alias[] = { "0000:05:01.0", NULL };
 
-	refuse_devices("a device with ATS", ats, IOMMU_LIVEUPDATE_DEVICE_ATS);
-	refuse_devices("one of two devices of a group", function, IOMMU_LIVEUPDATE_GROUP);
-	refuse_devices("a device behind a PCI bridge", alias, IOMMU_LIVEUPDATE_DRIVER);
+	refuse_devices("a device with ATS", ats, false, IOMMU_LIVEUPDATE_DEVICE_ATS);
+	refuse_devices("one of two devices of a group", function, false, IOMMU_LIVEUPDATE_GROUP);
+	refuse_devices("a device behind a PCI bridge", alias, false, IOMMU_LIVEUPDATE_DRIVER);
 	run_for(1);
 	create_session("dma");
 	preserve_all();
@@ -878,14 +884,12 @@ static void otherdriver_next(int stage)
 /* Virtual functions would need their physical function, and be a part of what goes on. */
 static void sriov_first(void)
 {
+	static const char *const vf[] = { "0000:01:10.0", NULL };
 	int ret;
 
 	must(put(PCI_DEVICE BDF "/sriov_numvfs", "2"), "sriov_numvfs");
-	create_session("dma");
-	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
-	ret = try_preserve(iommufd, TOK_IOMMUFD);
-	verdict(ret == -EOPNOTSUPP, "preserve what has a device with virtual functions", ret);
-	end_session();
+	refused("a device with virtual functions", -1, IOMMU_LIVEUPDATE_DEVICE_VF);
+	refuse_devices("a virtual function", vf, true, IOMMU_LIVEUPDATE_DEVICE_VF);
 	must(put(PCI_DEVICE BDF "/sriov_numvfs", "0"), "sriov_numvfs");
 
 	create_session("dma");

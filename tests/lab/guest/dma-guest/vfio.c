@@ -65,6 +65,26 @@ int bind_dev(int fd, int ctx)
 	return ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind) ? -errno : (int)bind.out_devid;
 }
 
+/* A virtual function, by the token that its physical function @pf has got. */
+int bind_vf(int fd, int ctx, int pf)
+{
+	static const uint8_t token[16] = "khod-dma-guest";
+	char buf[sizeof(struct vfio_device_feature) + sizeof(token)];
+	struct vfio_device_feature *f = (void *)buf;
+	struct vfio_device_bind_iommufd bind = {
+		.argsz = sizeof(bind), .iommufd = ctx,
+		.flags = VFIO_DEVICE_BIND_FLAG_TOKEN, .token_uuid_ptr = (uintptr_t)token,
+	};
+
+	*f = (struct vfio_device_feature) {
+		.argsz = sizeof(buf),
+		.flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_PCI_VF_TOKEN,
+	};
+	memcpy(f->data, token, sizeof(token));
+	check(ioctl(pf, VFIO_DEVICE_FEATURE, f), "VF token");
+	return ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind) ? -errno : (int)bind.out_devid;
+}
+
 int try_bind(void)
 {
 	int ret = bind_dev(dev, iommufd);
