@@ -345,6 +345,12 @@ def two_devices_of_a_group_through_two_kexecs_first_stage(ctx):
 
 
 @test(part="vtd")
+def two_devices_of_a_group_through_twenty_kexecs(ctx):
+    run = Group(ctx, "second-stage", 20, options="dma.irq=1", timeout=1500)
+    run.judge(ctx, 20)
+
+
+@test(part="vtd")
 def two_devices_in_a_group_with_their_port_go_through_two_kexecs(ctx):
     """The port has no ACS either, and is in the group. It has an entry of its own."""
     run = two_functions(ctx, "second-stage", arguments=("-global", "pcie-root-port.disable-acs=on"))
