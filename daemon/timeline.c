@@ -7,8 +7,8 @@
  * so that nothing here fails: without the log a handover goes as well.
  *
  * When units began to be stopped, when the old kernel was left, and when userspace began, only
- * PID 1 knows. It is asked by its private socket, as there is no message bus that early; and
- * only when the handover is over, so that it delays none.
+ * PID 1 knows. It is asked by its private socket, as there may be no message bus that early; and
+ * only when somebody wants to see the timeline, as a machine that starts has other things to do.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -20,13 +20,13 @@
 #include "log.h"
 
 #define PID1_ADDRESS "unix:path=/run/systemd/private"
-#define PID1_USEC (60 * 1000000ULL)
+#define PID1_USEC (5 * 1000000ULL)
 
 /* Properties of PID 1, in us of CLOCK_MONOTONIC of the kernel they happened in. */
 static const struct {
 	const char *property;
 	enum kho_timeline_what what;
-} of_pid1[TIMELINE_QUESTIONS] = {
+} of_pid1[] = {
 	{ "PreviousShutdownStartTimestampMonotonic", KHO_MARK_REQUESTED },
 	{ "PreviousShutdownFinishTimestampMonotonic", KHO_MARK_UNITS_STOPPED },
 	{ "PreviousShutdownLateFinishTimestampMonotonic", KHO_MARK_REBOOT },
@@ -233,59 +233,38 @@ void timeline_claimed(struct khod *k, const char *workload)
 		append(b, KHO_MARK_CLAIMED, workload, kho_timeline_now());
 }
 
-static int on_property(sd_bus_message *m, void *userdata, sd_bus_error *error)
+/* What it cannot be asked for is not known, and that is for people to see. */
+static void ask_pid1(struct kho_timeline_bank *b)
 {
-	struct timeline_question *q = userdata;
-	struct timeline_log *t = &q->k->timeline;
-	uint64_t usec = 0;
-
-	if (!sd_bus_message_is_method_error(m, NULL))
-		(void)sd_bus_message_read(m, "v", "t", &usec);
-	/* 0 where there was none, as after a cold boot. */
-	if (usec > 0 && !find(t->bank, q->what, NULL))
-		append(t->bank, q->what, NULL, (struct kho_timeline_time){ .monotonic = usec * 1000 });
-	if (++t->answers == ARRAY_SIZE(of_pid1))
-		t->bus = sd_bus_close_unref(t->bus);
-	return 0;
-}
-
-static int ask_pid1(struct khod *k)
-{
-	int r = sd_bus_new(&k->timeline.bus);
+	sd_bus *bus = NULL;
+	int r = sd_bus_new(&bus);
 
 	if (r >= 0)
-		r = sd_bus_set_address(k->timeline.bus, PID1_ADDRESS);
+		r = sd_bus_set_address(bus, PID1_ADDRESS);
 	if (r >= 0)
-		r = sd_bus_start(k->timeline.bus);
+		r = sd_bus_set_method_call_timeout(bus, PID1_USEC);
 	if (r >= 0)
-		r = sd_bus_attach_event(k->timeline.bus, k->event, SD_EVENT_PRIORITY_IDLE);
-	if (r >= 0)
-		r = sd_bus_set_method_call_timeout(k->timeline.bus, PID1_USEC);
+		r = sd_bus_start(bus);
 	for (size_t i = 0; r >= 0 && i < ARRAY_SIZE(of_pid1); i++) {
-		struct timeline_question *q = &k->timeline.questions[i];
+		uint64_t usec = 0;
 
-		*q = (struct timeline_question){ .k = k, .what = of_pid1[i].what };
-		r = sd_bus_call_method_async(k->timeline.bus, NULL, "org.freedesktop.systemd1",
-					     "/org/freedesktop/systemd1",
-					     "org.freedesktop.DBus.Properties", "Get", on_property, q,
-					     "ss", "org.freedesktop.systemd1.Manager",
-					     of_pid1[i].property);
+		r = sd_bus_get_property_trivial(bus, "org.freedesktop.systemd1", "/org/freedesktop/systemd1",
+						"org.freedesktop.systemd1.Manager", of_pid1[i].property, NULL,
+						't', &usec);
+		/* 0 where there was none, as after a cold boot. */
+		if (r >= 0 && usec > 0 && !find(b, of_pid1[i].what, NULL))
+			append(b, of_pid1[i].what, NULL, (struct kho_timeline_time){ .monotonic = usec * 1000 });
 	}
-	return r;
+	if (r < 0)
+		log_event(LOG_NOTICE, NULL, NULL,
+			  "systemd cannot be asked for its part of the timeline: %s.", strerror(-r));
+	sd_bus_flush_close_unref(bus);
 }
 
 void timeline_ready(struct khod *k)
 {
-	int r;
-
 	timeline_ended(k, KHO_MARK_READY, NULL);
 	k->timeline.ready = true;
-	if (!k->timeline.bank || find(k->timeline.bank, KHO_MARK_USERSPACE, NULL))
-		return;
-	r = ask_pid1(k);
-	if (r < 0)
-		log_event(LOG_NOTICE, NULL, NULL,
-			  "systemd cannot be asked for its part of the timeline: %s.", strerror(-r));
 }
 
 uint64_t timeline_ready_usec(const struct khod *k)
@@ -324,6 +303,8 @@ int timeline_copy(struct khod *k, struct kho_error **err)
 
 	if (!k->timeline.log)
 		return kho_error_new(err, ENODATA, "timeline", "khod has recorded nothing yet");
+	if (k->timeline.bank && !find(k->timeline.bank, KHO_MARK_USERSPACE, NULL))
+		ask_pid1(k->timeline.bank);
 	fd = memfd_create("khod-timeline-copy", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (fd < 0 || write(fd, k->timeline.log, sizeof(*k->timeline.log)) !=
 			      sizeof(*k->timeline.log) ||
@@ -334,7 +315,6 @@ int timeline_copy(struct khod *k, struct kho_error **err)
 
 void timeline_stop(struct khod *k)
 {
-	k->timeline.bus = sd_bus_close_unref(k->timeline.bus);
 	timeline_note(k, KHO_MARK_KHOD_STOPPED);
 	unmap(k);
 }

@@ -2,20 +2,10 @@
 #ifndef KHOD_TIMELINE_H
 #define KHOD_TIMELINE_H
 
-#include <systemd/sd-bus.h>
-
 #include "timeline-log.h"
 
 struct khod;
 struct workload;
-
-#define TIMELINE_QUESTIONS 4
-
-/* Something that PID 1 is asked for. */
-struct timeline_question {
-	struct khod *k;
-	enum kho_timeline_what what;
-};
 
 /** The log's name in the fd store. */
 #define TIMELINE_FDNAME "timeline"
@@ -25,9 +15,6 @@ struct timeline_log {
 	struct kho_timeline_bank *bank;	/* of this kernel */
 	struct kho_timeline_time started;	/* khod */
 	bool ready;			/* this kernel's handover is over */
-	sd_bus *bus;			/* while PID 1 is asked */
-	struct timeline_question questions[TIMELINE_QUESTIONS];
-	unsigned int answers;
 };
 
 /**
@@ -46,7 +33,7 @@ void timeline_need(struct khod *k);
  * Again with the same arguments: it has only ended now.
  */
 void timeline_ended(struct khod *k, enum kho_timeline_what what, const char *workload);
-/** timeline_ready() - the handover is over but for claims; PID 1 is asked for its part */
+/** timeline_ready() - the handover is over but for claims */
 void timeline_ready(struct khod *k);
 /**
  * timeline_ready_usec() - when khod began to listen in this kernel, whichever khod it was
@@ -62,7 +49,7 @@ void timeline_stopped(struct khod *k, const char *workload);
 void timeline_watch(struct khod *k, struct workload *w, int pidfd);
 /** timeline_claimed() - a workload is with its client again */
 void timeline_claimed(struct khod *k, const char *workload);
-/** timeline_copy() - a sealed copy for a client. Return: a descriptor, -ENODATA, -errno. */
+/** timeline_copy() - a sealed copy for a client, with what PID 1 knows. Return: a descriptor, -ENODATA, -errno. */
 int timeline_copy(struct khod *k, struct kho_error **err);
 void timeline_stop(struct khod *k);
 
