@@ -31,20 +31,30 @@ enum {
 /* Pinning a page and copying it out of a CMA area: the slowest figure seen, doubled. */
 #define USEC_PER_GIB UINT64_C(10000000)
 
+/* What takes less than that is within the time that there is, if it is said again after as long. */
+#define BUSY_USEC UINT64_C(1000000)
+
 void khod_busy(struct khod *k, uint64_t bytes)
 {
-	uint64_t usec = k->watchdog_usec + (bytes >> 20) * (USEC_PER_GIB >> 10);
+	uint64_t usec = (bytes >> 20) * (USEC_PER_GIB >> 10), now = monotonic_usec();
 
-	sd_notifyf(0, "EXTEND_TIMEOUT_USEC=%" PRIu64,
-		   usec + UINT64_C(30000000));
+	/* PID 1 has other things to do while the machine starts. */
+	if (usec < BUSY_USEC && k->busy_usec > 0 && now - k->busy_usec < BUSY_USEC)
+		return;
+	k->busy_usec = now;
+	usec += k->watchdog_usec;
 	if (k->watchdog_usec > 0)
-		sd_notifyf(0, "WATCHDOG_USEC=%" PRIu64, usec);
+		sd_notifyf(0, "EXTEND_TIMEOUT_USEC=%" PRIu64 "\nWATCHDOG_USEC=%" PRIu64,
+			   usec + UINT64_C(30000000), usec);
+	else
+		sd_notifyf(0, "EXTEND_TIMEOUT_USEC=%" PRIu64, usec + UINT64_C(30000000));
 }
 
 void khod_idle(struct khod *k)
 {
-	if (k->watchdog_usec > 0)
+	if (k->watchdog_usec > 0 && k->busy_usec > 0)
 		sd_notifyf(0, "WATCHDOG_USEC=%" PRIu64 "\nWATCHDOG=1", k->watchdog_usec);
+	k->busy_usec = 0;
 }
 
 void khod_status_line(struct khod *k)

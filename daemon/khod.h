@@ -199,6 +199,7 @@ struct khod {
 	char *luo_reason;	/* why there is no live update; NULL if there is */
 	bool retrieve_outgoing;
 	uint64_t watchdog_usec;
+	uint64_t busy_usec;	/* when khod_busy() said so last; 0: it is idle */
 	int manifest_fd;	/* manifest.c; -1: there is none yet */
 	uint64_t user_bytes;	/* what one user other than root may have in custody */
 	char boot_id[37];
