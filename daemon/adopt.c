@@ -26,7 +26,11 @@
  *	8  transit out of the store
  *
  * Workloads may be started after 1, and khod says that it is ready: their outage does not grow by
- * the rest, which is for the next kexec. A client that connects by then is served when it is done.
+ * the rest, which is for the next kexec. 2 and 3 follow at once, so that nothing of what is missing
+ * then needs PID 1. The rest would compete with them for the machine, and is put off until that has
+ * started, mostly (adopt_rest_later()), or a kexec is announced, khod is stopped, or a client needs
+ * it. Who claims a workload before gets it as it is, and instead of 4 to 8 its incoming session is
+ * finished and all of it given up.
  *
  * Died before 4: the incoming session still has everything. Between 4 and 7: transit
  * has, and each file is in the new session or only in transit, which a probe for its
@@ -37,7 +41,8 @@
  * what is in transit in a session of its own, unless it is in the new session already,
  * and then that one, incoming now and without an image, has it. So every file is looked
  * for in both places. What does get lost: an incoming session at the next kexec if khod
- * has not run at all in between, because the kernel carries outgoing sessions only.
+ * had no time to go on, because the kernel carries outgoing sessions only. It has: logind waits
+ * for it (inhibit.c), and so does systemd, which stops it before.
  *
  * A workload with devices: its devices do DMA under frozen HWPTs of the previous kernel.
  * Between 1 and 2 they are restored (restore.c): bound, and moved to page tables of this
@@ -107,7 +112,8 @@ struct group {
 	struct session *target;		/* the outgoing one without, if there is one */
 	int found;			/* what find_image() returned, and @err why */
 	struct kho_error *err;
-	int secured;			/* what secure() returned, and @err why */
+	bool secured;			/* steps 2 and 3 are done */
+	bool empty;			/* @target has been made just now: there is nothing in it */
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	bool expired;			/* because nobody claimed it; said already */
@@ -698,9 +704,6 @@ static int prepare(struct khod *k, struct group *g, struct kho_error **err)
 	if (g->prepared)
 		return 0;
 	kho_image_set_handovers(g->w->image, kho_image_handovers(g->w->image) + 1);
-	r = kho_image_set_arrived(g->w->image, k->boot_id, boottime_usec(), err);
-	if (r < 0)
-		return r;
 	fd = kho_image_write_memfd(k->kho, g->w->image, err);
 	if (fd < 0)
 		return fd;
@@ -727,14 +730,38 @@ static int all_into_transit(struct khod *k, struct group *g, struct kho_error **
 	return r;
 }
 
+/* The new session is the workload's: something is held, whatever comes next. */
+static void take_target(struct group *g)
+{
+	g->w->session = g->target->fd;
+	snprintf(g->w->session_name, sizeof(g->w->session_name), "%s", g->target->name);
+}
+
 /* Steps 2 and 3, in a batch: nothing may rely on it before systemd has confirmed it. */
 static int secure(struct khod *k, struct group *g, struct kho_error **err)
 {
 	int r = all_into_transit(k, g, err);
 
-	if (r >= 0 && !g->target && !g->quiesced)
+	if (r < 0 || g->quiesced)
+		return r < 0 ? r : 0;
+	if (!g->target) {
 		r = new_target(k, g, &g->target, err);
+		g->empty = r >= 0;
+	}
+	if (r >= 0)
+		take_target(g);
 	return r < 0 ? r : 0;
+}
+
+/* The same of one alone, confirmed. */
+static int secure_now(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r, late;
+
+	fdstore_batch(&k->fdstore);
+	r = secure(k, g, err);
+	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
+	return r < 0 ? r : late;
 }
 
 /* Of a workload whose devices were given up: after step 2 is confirmed, and instead of step 3. */
@@ -745,6 +772,14 @@ static int secure_quiesced(struct khod *k, struct group *g, struct kho_error **e
 	if (r >= 0)
 		r = drop_targets(k, g, err);
 	return r < 0 ? r : new_target(k, g, &g->target, err);
+}
+
+/* Step 4 of one session. */
+static int finish_one(struct khod *k, const struct session *s, struct kho_error **err)
+{
+	int r = kho_luo_finish(k->kho, s->fd, err);
+
+	return r < 0 ? kho_error_new(err, r, s->name, "the incoming session") : 0;
 }
 
 /* Steps 4 and 5. */
@@ -760,13 +795,19 @@ static int finish(struct khod *k, struct group *g, struct kho_error **err)
 			continue;
 		}
 		/* With devices that were given up it is not finished: its last close stops them. */
-		r = g->quiesced ? 0 : kho_luo_finish(k->kho, s->fd, err);
-		if (r < 0)
-			return kho_error_new(err, r, s->name, "the incoming session");
-		FAULT(START_INCOMING_FINISHED);
-		r = session_drop(k, g, s, err);
+		r = g->quiesced ? 0 : finish_one(k, s, err);
 		if (r < 0)
 			return r;
+		FAULT(START_INCOMING_FINISHED);
+		r = session_drop(k, g, s, err);
+		if (r < 0 && g->quiesced)
+			return r;
+		/* systemd-shutdown may have taken PID 1's place. What is finished is in nobody's way. */
+		if (r < 0) {
+			*err = kho_error_free(*err);
+			i++;
+			continue;
+		}
 		FAULT(START_INCOMING_OLD_REMOVED);
 	}
 	return 0;
@@ -777,9 +818,6 @@ static int preserve_again(struct khod *k, struct group *g, struct kho_error **er
 {
 	int r = workload_preserve(k, g->w, g->w->fds, true, err);
 
-	/* Prepared by the kernel before, which was replaced in the middle of it. */
-	if (r >= 0 && !g->quiesced && !kho_image_arrived_usec(g->w->image, k->boot_id))
-		r = kho_image_set_arrived(g->w->image, k->boot_id, boottime_usec(), err);
 	if (r >= 0)
 		r = image_commit(k, g->w->image, g->w->session, err);
 	if (r >= 0)
@@ -807,6 +845,9 @@ static int bring(struct khod *k, struct group *g, struct kho_error **err)
 		r = quiesce(k, g, g->lost, err);
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
+	/* One from transit has it, unless the kernel was replaced in the middle of all this. */
+	if (r >= 0 && !g->quiesced && !(g->prepared && kho_image_arrived_usec(w->image, k->boot_id)))
+		r = kho_image_set_arrived(w->image, k->boot_id, boottime_usec(), err);
 	return r;
 }
 
@@ -818,8 +859,7 @@ static int transfer(struct khod *k, struct group *g, struct kho_error **err)
 
 	if (r < 0)
 		return r;
-	w->session = g->target->fd;
-	snprintf(w->session_name, sizeof(w->session_name), "%s", g->target->name);
+	take_target(g);
 
 	/* Nothing waits for what is removed from here on, but a device that is to be stopped. */
 	if (!g->quiesced)
@@ -846,11 +886,27 @@ out:
 	return r;
 }
 
+/* Are its files all open here? */
+static bool all_here(const struct workload *w)
+{
+	for (size_t i = 0; w->fds && i < workload_n_files(w); i++)
+		if (w->fds[i] < 0)
+			return false;
+	return w->fds != NULL;
+}
+
+static void drop_fds(struct khod *k, struct workload *w)
+{
+	for (size_t i = 0; w->fds && i < workload_n_files(w); i++)
+		kho_close(k->kho, w->fds[i]);
+	free(w->fds);
+	w->fds = NULL;
+}
+
 /* Where the kernel gives files back there is no need to keep them; elsewhere there is. */
 static void settle_fds(struct khod *k, struct workload *w)
 {
-	size_t n = workload_n_files(w);
-	bool all = w->fds != NULL;
+	bool all = all_here(w);
 	int fd;
 
 	fd = kho_luo_retrieve(k->kho, w->session, KHO_TOKEN_IMAGE, NULL);
@@ -858,14 +914,8 @@ static void settle_fds(struct khod *k, struct workload *w)
 		k->retrieve_outgoing = true;
 	else if (fd == -EINVAL)
 		k->retrieve_outgoing = false;
-	for (size_t i = 0; w->fds && i < n; i++)
-		all &= w->fds[i] >= 0;
-	if (fd >= 0 || !all) {
-		for (size_t i = 0; w->fds && i < n; i++)
-			kho_close(k->kho, w->fds[i]);
-		free(w->fds);
-		w->fds = NULL;
-	}
+	if (fd >= 0 || !all)
+		drop_fds(k, w);
 	w->state = fd >= 0 || all ? WORKLOAD_HELD : WORKLOAD_UNREADABLE;
 	kho_close(k->kho, fd);
 }
@@ -893,6 +943,31 @@ static int discard(struct khod *k, struct group *g, struct kho_error **err)
 		FAULT(START_OUTGOING_DISCARDED);
 	}
 	return 0;
+}
+
+/* Is there nothing any more in an incoming session, as it has been finished? */
+static bool is_empty(struct khod *k, const struct session *s)
+{
+	for (uint64_t token = KHO_TOKEN_IMAGE; token <= KHO_IMAGE_FILES_MAX; token++) {
+		int fd = kho_luo_retrieve(k->kho, s->fd, token, NULL);
+
+		kho_close(k->kho, fd);
+		if (fd != -ENOENT)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Of a workload without an image: has its client got all of it? Then everything that came over the
+ * kexec was finished, and the image was the first that was taken out of transit, in this kernel.
+ */
+static bool remains_of_claim(struct khod *k, const struct group *g)
+{
+	for (size_t i = 0; i < g->n_sessions; i++)
+		if (!g->sessions[i].outgoing && !is_empty(k, &g->sessions[i]))
+			return false;
+	return manifest_of_this_boot(k);
 }
 
 /* What is there of the workload, and its image, unless it is at rest already. */
@@ -941,8 +1016,10 @@ static int adopt_one(struct khod *k, struct group *g)
 		 */
 		for (size_t i = 0; i < g->n_sessions; i++)
 			only_r &= g->sessions[i].origin == 'r';
-		if (g->n_transits == 0 && only_r) {
-			r = discard(k, g, err);
+		if ((g->n_transits == 0 && only_r) || remains_of_claim(k, g)) {
+			r = transits_drop(k, g, err);
+			if (r >= 0)
+				r = discard(k, g, err);
 			return r < 0 ? r : GONE;
 		}
 		return kho_error_new(err, ENOENT, g->w->name,
@@ -957,17 +1034,8 @@ static int adopt_one(struct khod *k, struct group *g)
 /* A failed workload may still have all its files at hand; then it can be claimed. */
 static void drop_partial_fds(struct khod *k, struct workload *w)
 {
-	size_t n = workload_n_files(w);
-	bool all = w->fds != NULL;
-
-	for (size_t i = 0; w->fds && i < n; i++)
-		all &= w->fds[i] >= 0;
-	if (all || !w->fds)
-		return;
-	for (size_t i = 0; i < n; i++)
-		kho_close(k->kho, w->fds[i]);
-	free(w->fds);
-	w->fds = NULL;
+	if (!all_here(w))
+		drop_fds(k, w);
 }
 
 static void failed(struct khod *k, struct workload *w)
@@ -978,10 +1046,19 @@ static void failed(struct khod *k, struct workload *w)
 		  w->name, workload_reason(w));
 }
 
+static void group_free(struct group *g)
+{
+	free(g->transits);
+	kho_error_free(g->lost);
+	kho_error_free(g->err);
+	free(g);
+}
+
 /* The end of it, as @r says. @g is freed. */
 static void settle(struct khod *k, struct group *g, int r)
 {
 	struct workload *w = g->w;
+	bool claiming = w->state == WORKLOAD_CLAIMING;
 
 	if (r < 0)
 		workload_fail(w, &g->err, r);
@@ -995,14 +1072,14 @@ static void settle(struct khod *k, struct group *g, int r)
 			  w->session_name);
 	} else if (r == GONE) {
 		log_event(LOG_NOTICE, MSG_DISCARDED, w->name,
-			  "What an unfinished registration, or a lease, of %s had preserved was discarded: its client still has all.",
+			  "What was left of an unfinished registration, a lease or a claim of %s was discarded: its client has all.",
 			  w->name);
 		workload_free(k, w);
 	}
-	free(g->transits);
-	kho_error_free(g->lost);
-	kho_error_free(g->err);
-	free(g);
+	/* Its client has all of it, and is waited for. */
+	if (claiming)
+		w->state = WORKLOAD_CLAIMING;
+	group_free(g);
 	khod_idle(k);
 }
 
@@ -1012,37 +1089,141 @@ static size_t places(const struct group *g)
 	return workload_n_files(g->w) + 2;
 }
 
-/*
- * Steps 2 to 8 of all of @groups. systemd is waited for once for as many of them as there are
- * places for: at boot it takes its time.
- */
-static void transfer_all(struct khod *k, struct group *groups)
+/* Steps 4 to 8. */
+static void rest_of(struct khod *k, struct workload *w)
 {
-	while (groups) {
-		struct group *batch = groups, *g;
-		int late, r;
+	struct group *g = w->brought;
+	int r;
 
-		fdstore_batch(&k->fdstore);
-		do {
-			g = groups;
-			g->secured = secure(k, g, &g->err);
-			groups = g->next;
-		} while (groups && fdstore_room(&k->fdstore) >= places(groups));
-		late = fdstore_confirm(&k->fdstore, g->w->name, NULL);
-		g->next = NULL;
+	w->brought = NULL;
+	r = transfer(k, g, &g->err);
+	settle(k, g, r < 0 ? r : BROUGHT);
+}
 
-		while ((g = batch)) {
-			batch = g->next;
-			r = g->secured;
-			if (r >= 0 && late < 0)
-				r = kho_error_new(&g->err, late, g->w->name,
-						  "systemd did not confirm that the descriptors are stored: %s",
-						  strerror(-late));
-			if (r >= 0)
-				r = transfer(k, g, &g->err);
-			settle(k, g, r < 0 ? r : BROUGHT);
+/* Those with devices first: a kexec that nobody waits with would stop them. */
+static struct workload *next_rest(struct khod *k)
+{
+	struct workload *next = NULL;
+
+	for (struct workload *w = k->workloads; w; w = w->next)
+		if (w->brought && w->brought->secured && (!next || kho_image_has_devices(w->image)))
+			next = w;
+	return next;
+}
+
+void adopt_rest(struct khod *k)
+{
+	struct workload *w;
+
+	while ((w = next_rest(k)))
+		rest_of(k, w);
+}
+
+/* What is in transit, and what fails without it. */
+static void confirm(struct khod *k)
+{
+	int late = fdstore_confirm(&k->fdstore, "fd store", NULL);
+
+	for (struct workload *w = k->workloads; late < 0 && w; w = w->next) {
+		struct group *g = w->brought;
+
+		if (!g || !g->secured)
+			continue;
+		w->brought = NULL;
+		settle(k, g, kho_error_new(&g->err, late, w->name,
+					   "systemd did not confirm that the descriptors are stored: %s",
+					   strerror(-late)));
+	}
+}
+
+/*
+ * Steps 2 and 3 of all. systemd is waited for once for as many of them as there are places for: at
+ * boot it takes its time. These are moved to the end before others have their turn.
+ */
+void adopt_secure(struct khod *k)
+{
+	fdstore_batch(&k->fdstore);
+	for (struct workload *w = k->workloads; w; w = w->next) {
+		struct group *g = w->brought;
+		int r;
+
+		if (!g)
+			continue;
+		if (fdstore_room(&k->fdstore) < places(g) && next_rest(k)) {
+			confirm(k);
+			adopt_rest(k);
+			fdstore_batch(&k->fdstore);
+		}
+		r = secure(k, g, &g->err);
+		g->secured = r >= 0;
+		if (r < 0) {
+			w->brought = NULL;
+			settle(k, g, r);
 		}
 	}
+	confirm(k);
+	/* What only its new session has any more cannot be given to anybody. */
+	for (struct workload *w = k->workloads; w; w = w->next)
+		if (w->brought && !all_here(w))
+			rest_of(k, w);
+}
+
+static int on_rest(sd_event_source *s, uint64_t usec, void *userdata)
+{
+	struct khod *k = userdata;
+	struct workload *w = next_rest(k);
+
+	/* One at a time: in between clients are heard. */
+	if (!w)
+		return 0;
+	rest_of(k, w);
+	if (!next_rest(k)) {
+		khod_status_line(k);
+		return 0;
+	}
+	(void)sd_event_source_set_time(s, 0);
+	return sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
+}
+
+void adopt_rest_later(struct khod *k)
+{
+	uint64_t ready = timeline_ready_usec(k), due = ready + k->preserve_delay_usec;
+	int r;
+
+	if (!next_rest(k))
+		return;
+	/* Not for the first time in this kernel: the machine may have started long ago. */
+	r = ready == 0 || due <= boottime_usec() ? -ETIME :
+	    sd_event_add_time(k->event, &k->rest, CLOCK_BOOTTIME, due, 0, on_rest, k);
+	if (r >= 0)
+		(void)sd_event_source_set_priority(k->rest, SD_EVENT_PRIORITY_IDLE);
+	else
+		adopt_rest(k);
+}
+
+/*
+ * From step 4 on transit would be all there is of it, and its image decides: a khod that dies before that
+ * is out of the store leaves the workload in custody, one that dies later leaves nothing but remains.
+ */
+int adopt_end(struct khod *k, struct workload *w, bool *left, struct kho_error **err)
+{
+	struct group *g = w->brought;
+	struct transit *image = transit_find(g, KHO_TOKEN_IMAGE);
+	int r = 0;
+
+	for (size_t i = 0; r >= 0 && i < g->n_sessions; i++)
+		r = g->sessions[i].outgoing ? 0 : finish_one(k, &g->sessions[i], err);
+	if (r >= 0 && image)
+		r = workload_unstore(k, w, image->fdname, err);
+	*left = !g->empty;
+	return r;
+}
+
+void adopt_forget(struct workload *w)
+{
+	if (w->brought)
+		group_free(w->brought);
+	w->brought = NULL;
 }
 
 /* The image that is left when devices are given up that run: no devices, by its policy no files. */
@@ -1111,21 +1292,6 @@ static void close_kind(struct khod *k, struct workload *w, enum kho_file_kind ki
 	}
 }
 
-/* All steps of one workload. */
-static int bring_and_transfer(struct khod *k, struct group *g, struct kho_error **err)
-{
-	int r = bring(k, g, err), late;
-
-	if (r < 0)
-		return r;
-	fdstore_batch(&k->fdstore);
-	r = secure(k, g, err);
-	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
-	if (r < 0 || late < 0)
-		return r < 0 ? r : late;
-	return transfer(k, g, err);
-}
-
 /*
  * From the resting state to the state that quiesce() leaves behind, and on from there as at start.
  *
@@ -1145,6 +1311,10 @@ int workload_give_up(struct khod *k, struct workload *w, const char *why, struct
 	_cleanup_image_ struct kho_image *left = NULL;
 	int r;
 
+	if (w->brought)
+		rest_of(k, w);
+	if (w->state == WORKLOAD_FAILED)
+		return kho_error_new(err, EIO, w->name, "%s", workload_reason(w));
 	FAULT(EXPIRE_BEGIN);
 	/* What could not be taken out again when this failed the last time. */
 	for (size_t i = 0; i < w->n_stored; i++) {
@@ -1186,7 +1356,11 @@ int workload_give_up(struct khod *k, struct workload *w, const char *why, struct
 	w->image = TAKE_PTR(left);
 	FAULT(EXPIRE_STOPPED);
 
-	r = bring_and_transfer(k, &g, err);
+	r = bring(k, &g, err);
+	if (r >= 0)
+		r = secure_now(k, &g, err);
+	if (r >= 0)
+		r = transfer(k, &g, err);
 	if (r < 0) {
 		workload_fail(w, err, r);
 		failed(k, w);
@@ -1253,18 +1427,19 @@ static void find_missing(struct khod *k, const char *session, bool same_boot, vo
 static void adopt_group(struct khod *k, struct group *g)
 {
 	int r = adopt_one(k, g);
-	struct group **end;
 
 	g->next = NULL;
-	if (r != BROUGHT) {
-		settle(k, g, r);
-	} else if (g->quiesced) {
-		transfer_all(k, g);
-	} else {
-		for (end = &k->brought; *end; end = &(*end)->next)
-			;
-		*end = g;
+	if (r == BROUGHT && !g->quiesced) {
+		g->w->brought = g;
+		return;
 	}
+	if (r == BROUGHT) {
+		r = secure_now(k, g, &g->err);
+		if (r >= 0)
+			r = transfer(k, g, &g->err);
+		r = r < 0 ? r : BROUGHT;
+	}
+	settle(k, g, r);
 }
 
 /* Those with devices first: they do not wait for the memory of others. */
@@ -1289,9 +1464,4 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 			*p = g->next;
 			adopt_group(k, g);
 		}
-}
-
-void adopt_rest(struct khod *k)
-{
-	transfer_all(k, TAKE_PTR(k->brought));
 }

@@ -294,10 +294,15 @@ static bool image_refuses(struct khod *k)
 /* The time is shared with what comes after the last answer. */
 static void prepare(struct khod *k)
 {
+	/* Who goes past the block lock (systemctl kexec -i) knows of this one. */
+	const struct workload *known = inhibit_obstacle(k);
 	struct kho_error *err = NULL;
+	bool refused = image_refuses(k);
 	int r;
 
-	if (image_refuses(k)) {
+	if (!refused)
+		adopt_rest(k);
+	if (refused || (!known && inhibit_obstacle(k))) {
 		refuse(k);
 		return;
 	}

@@ -77,23 +77,28 @@ void khod_status_line(struct khod *k)
 	deadline_update(k);
 }
 
+/* What the environment sets, if that is a number up to @max. */
+static unsigned long setting(const char *name, unsigned long otherwise, unsigned long max)
+{
+	const char *env = getenv(name);
+	unsigned long n;
+	char *end;
+
+	if (!env)
+		return otherwise;
+	n = strtoul(env, &end, 10);
+	if (end != env && !*end && n <= max)
+		return n;
+	log_event(LOG_WARNING, NULL, NULL, "%s=%s is not a number from 0 to %lu; %lu is used.", name, env,
+		  max, otherwise);
+	return otherwise;
+}
+
 static uint64_t user_bytes(void)
 {
 	uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-	const char *env = getenv("KHOD_USER_MEMORY_PERCENT");
-	unsigned long percent = USER_MEMORY_PERCENT;
-	char *end;
 
-	if (env) {
-		percent = strtoul(env, &end, 10);
-		if (end == env || *end || percent > 100) {
-			log_event(LOG_WARNING, NULL, NULL,
-				  "KHOD_USER_MEMORY_PERCENT=%s is not a number from 0 to 100; %d is used.", env,
-				  USER_MEMORY_PERCENT);
-			percent = USER_MEMORY_PERCENT;
-		}
-	}
-	return memory / 100 * percent;
+	return memory / 100 * setting("KHOD_USER_MEMORY_PERCENT", USER_MEMORY_PERCENT, 100);
 }
 
 /* One khod at a time, whoever starts it. The lock goes with the process. */
@@ -256,6 +261,7 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	(void)sd_watchdog_enabled(0, &k.watchdog_usec);
 	fdstore_init(&k.fdstore);
 	k.user_bytes = user_bytes();
+	k.preserve_delay_usec = setting("KHOD_PRESERVE_DELAY_SEC", PRESERVE_DELAY_SEC, 3600) * 1000000ULL;
 
 	r = kho_luo_available(k.kho, &err);
 	if (r < 0) {
@@ -286,9 +292,10 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 		goto out;
 	/* Workloads may start: the outage of each ends with that. */
 	sd_notify(0, "READY=1");
-	/* Before anybody is served. SIGTERM waits for it, too. */
-	adopt_rest(&k);
 	timeline_ready(&k);
+	/* Before anybody is served. SIGTERM waits for it, too. */
+	adopt_secure(&k);
+	adopt_rest_later(&k);
 	khod_status_line(&k);
 	log_event(LOG_INFO, MSG_STARTED, NULL, "khod " KHO_VERSION " is ready%s.",
 		  KHOD_WITH_FAULT_POINTS ? " (a test build with fault points)" : "");
@@ -298,6 +305,8 @@ int khod_main(int argc, char **argv, const struct kho_ops *ops, void *userdata)
 	r = sd_event_loop(k.event);
 	if (r >= 0)
 		status = EXIT_SUCCESS;
+	/* If it is for a kexec, that waits for us. */
+	adopt_rest(&k);
 	sd_notify(0, "STOPPING=1");
 
 out:
@@ -313,6 +322,7 @@ out:
 	handover_stop(&k);
 	inhibit_stop(&k);
 	sd_event_source_disable_unref(k.deadline);
+	sd_event_source_disable_unref(k.rest);
 	while (k.workloads)
 		workload_free(&k, k.workloads);
 	free(passed);

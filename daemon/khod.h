@@ -26,6 +26,11 @@
  * KHOD_USER_MEMORY_PERCENT= in the environment of khod sets another one.
  */
 #define USER_MEMORY_PERCENT 10
+/*
+ * After a kexec: how long after READY what came over it is preserved for the next one, in seconds, so that
+ * it does not compete with what starts then. KHOD_PRESERVE_DELAY_SEC= sets another time, 0: at once.
+ */
+#define PRESERVE_DELAY_SEC 10
 
 /* Deadlines of a connection, in seconds. */
 #define DEADLINE_HELLO 5
@@ -75,6 +80,8 @@ struct stored {
  * @fds: one per file of the image, owned; NULL if the kernel gives them back when asked
  * @stored: everything of this workload in the fd store
  * @n_stored: how many
+ * @brought: what is left to do to preserve it for the next kexec (adopt.c), all of @fds are there;
+ *	NULL: nothing
  * @watch: on the process that registered it; NULL: not known, or it has ended
  * @khod: for @watch
  */
@@ -95,6 +102,7 @@ struct workload {
 	int *fds;
 	struct stored *stored;
 	size_t n_stored;
+	struct group *brought;
 	sd_event_source *watch;
 	struct khod *khod;
 };
@@ -106,6 +114,7 @@ struct passed {
 };
 
 struct connection;
+struct group;
 struct khod;
 
 /* A workload that a handover goes on without. */
@@ -189,7 +198,7 @@ struct khod {
 	struct handover handover;
 	struct timeline_log timeline;
 	struct workload *workloads;
-	struct group *brought;		/* between adopt() and adopt_rest() */
+	sd_event_source *rest;		/* adopt.c: when all is preserved again */
 	sd_event_source *deadline;	/* deadline.c: of the claim that has the least time */
 	struct connection *connections;
 	unsigned int n_connections;
@@ -202,6 +211,7 @@ struct khod {
 	uint64_t busy_usec;	/* when khod_busy() said so last; 0: it is idle */
 	int manifest_fd;	/* manifest.c; -1: there is none yet */
 	uint64_t user_bytes;	/* what one user other than root may have in custody */
+	uint64_t preserve_delay_usec;
 	char boot_id[37];
 	char kernel_release[65];
 };
@@ -348,6 +358,8 @@ int workload_restore(struct khod *k, struct kho_image *image, const int *fds, si
 #define MANIFEST_FDNAME "manifest"
 /** manifest_write() - what is held has changed */
 void manifest_write(struct khod *k);
+/** manifest_of_this_boot() - has a khod come as far as writing it in this kernel? */
+bool manifest_of_this_boot(struct khod *k);
 /**
  * manifest_each() - whom the previous khod held, by name of session
  * @same_boot: whether that was in this kernel
@@ -366,6 +378,25 @@ int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *sessi
  * its files are here.
  */
 void adopt(struct khod *k, struct passed *passed, size_t n);
+/**
+ * adopt_secure() - make sure that whatever comes, what adopt() brought back can be preserved again
+ *
+ * Workloads do not wait for that. They can be claimed afterwards.
+ */
+void adopt_secure(struct khod *k);
+/** adopt_rest() - preserve once more, for the next kexec, what has not been yet */
+void adopt_rest(struct khod *k);
+/** adopt_rest_later() - the same, when this machine has started; what needs it does not wait for that */
+void adopt_rest_later(struct khod *k);
+/**
+ * adopt_end() - instead of preserving @w again: it is with a client, or nobody wants it
+ * @left: receives whether something of it may be preserved until its session ends
+ *
+ * From then on nothing but what is in the fd store has its files. Return: 0, -errno.
+ */
+int adopt_end(struct khod *k, struct workload *w, bool *left, struct kho_error **err);
+/** adopt_forget() - what was left to do of @w is not */
+void adopt_forget(struct workload *w);
 /**
  * workload_give_up() - stop the devices of a workload at rest, keep or free its memory by its policy
  * @why: one sentence, for its image
@@ -388,13 +419,6 @@ uint64_t deadline_left(const struct khod *k, const struct workload *w);
 void deadline_check(struct khod *k);
 /** deadline_update() - what is held has changed */
 void deadline_update(struct khod *k);
-
-/**
- * adopt_rest() - preserve once more, for the next kexec, what adopt() brought back
- *
- * For that workloads do not wait. Their requests do: nobody is served before.
- */
-void adopt_rest(struct khod *k);
 
 /* shared by both */
 struct workload *workload_new(struct khod *k, const char *name);

@@ -116,12 +116,27 @@ static char *load(int fd)
 	return NULL;
 }
 
+static bool same_boot(const struct khod *k, const char *text)
+{
+	size_t n = strlen(k->boot_id);
+
+	text += strlen(HEAD);
+	return strncmp(text, k->boot_id, n) == 0 && text[n] == '\n';
+}
+
+bool manifest_of_this_boot(struct khod *k)
+{
+	_cleanup_free_ char *text = k->manifest_fd < 0 ? NULL : load(k->manifest_fd);
+
+	return text && same_boot(k, text);
+}
+
 int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *session,
 						  bool same_boot, void *userdata), void *userdata)
 {
 	_cleanup_free_ char *text = NULL;
 	char *save = NULL, *line;
-	bool same_boot;
+	bool same;
 
 	if (k->manifest_fd < 0)
 		return 0;
@@ -130,9 +145,9 @@ int manifest_each(struct khod *k, void (*each)(struct khod *k, const char *sessi
 		without("what the fd store has is not of this version, or was not written to its end");
 		return -EBADMSG;
 	}
-	line = strtok_r(text, "\n", &save);
-	same_boot = strcmp(line + strlen(HEAD), k->boot_id) == 0;
+	same = same_boot(k, text);
+	(void)strtok_r(text, "\n", &save);
 	while ((line = strtok_r(NULL, "\n", &save)) && strcmp(line, "end") != 0)
-		each(k, line, same_boot, userdata);
+		each(k, line, same, userdata);
 	return 0;
 }

@@ -60,7 +60,6 @@ struct connection {
 	bool hello;
 	bool closing;		/* when the queue is empty */
 	struct workload *claiming;
-	enum workload_state claiming_from;
 	bool preserving;	/* waits for the answer to Preserve */
 	uint64_t preserve_serial;
 	struct pending *pending;
@@ -100,7 +99,7 @@ static void claim_abandon(struct connection *c)
 	log_event(LOG_NOTICE, NULL, c->claiming->name,
 		  "The client that claimed %s has gone without acknowledging; it stays in custody.",
 		  c->claiming->name);
-	c->claiming->state = c->claiming_from;
+	c->claiming->state = c->claiming->reason ? WORKLOAD_FAILED : WORKLOAD_HELD;
 	c->claiming = NULL;
 	inhibit_update(c->k);
 	deadline_update(c->k);
@@ -564,7 +563,6 @@ static int on_claim(struct connection *c, uint64_t serial, const Kho__Control__C
 		return reply_refusal(c, serial, "give back", w->name, r, &err);
 
 	c->claiming = w;
-	c->claiming_from = w->state;
 	w->state = WORKLOAD_CLAIMING;
 	do {
 		Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
@@ -634,7 +632,7 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 		return garbage(c, serial, EPROTO, "CLAIM_ACK without its CLAIM");
 	strcpy(name, w->name);
 	c->claiming = NULL;
-	w->state = c->claiming_from;
+	w->state = w->reason ? WORKLOAD_FAILED : WORKLOAD_HELD;
 	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
 	if (r < 0)
 		return reply_refusal(c, serial, "end the custody of", name, r, &err);
@@ -806,6 +804,7 @@ static int on_preserve(struct connection *c, uint64_t serial, const Kho__Control
 
 	if (refuse_user(c, serial, "preserve", &r))
 		return r;
+	adopt_rest(c->k);
 	/* Another kernel may have been loaded just now, and a kexec comes next. */
 	inhibit_update(c->k);
 	w = inhibit_obstacle(c->k);

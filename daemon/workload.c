@@ -83,6 +83,7 @@ void workload_free(struct khod *k, struct workload *w)
 			*p = w->next;
 			break;
 		}
+	adopt_forget(w);
 	if (w->fds)
 		for (size_t i = 0; i < workload_n_files(w); i++)
 			kho_close(k->kho, w->fds[i]);
@@ -732,6 +733,8 @@ static int register_check(struct khod *k, const struct registration *reg,
 	 * and the one without devices, should these have to be given up.
 	 */
 	if (k->fdstore.used + reg->n + 4 > k->fdstore.max)
+		adopt_rest(k);
+	if (k->fdstore.used + reg->n + 4 > k->fdstore.max)
 		return kho_error_new(err, ENOSPC, name,
 				     "systemd's fd store has no room for it (%u of %u places taken): raise FileDescriptorStoreMax= of khod.service",
 				     k->fdstore.used, k->fdstore.max);
@@ -864,10 +867,37 @@ int workload_open_files(struct khod *k, struct workload *w, int *fds, struct kho
 	return 0;
 }
 
+/* Out of the fd store. @wait: systemd confirms it, once for all of it. */
+static int unstore_all(struct khod *k, struct workload *w, enum custody_end how, bool wait,
+		       struct kho_error **err)
+{
+	int r = 0;
+
+	fdstore_batch(&k->fdstore);
+	while (r >= 0 && w->n_stored > 0) {
+		char fdname[FDSTORE_NAME_MAX];
+
+		strcpy(fdname, w->stored[0].fdname);
+		r = workload_unstore(k, w, fdname, err);
+		if (r < 0)
+			break;
+		if (how == CUSTODY_CLAIMED)
+			FAULT(CLAIM_REMOVED);
+		else
+			FAULT(RELEASE_REMOVED);
+	}
+	if (wait)
+		(void)fdstore_confirm(&k->fdstore, w->name, NULL);
+	else
+		fdstore_unbatch(&k->fdstore);
+	return r;
+}
+
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 		 struct kho_error **err)
 {
 	char name[KHO_NAME_MAX + 1], session[KHO_LUO_NAME_MAX];
+	bool left = true;	/* something in the session */
 	int r;
 
 	strcpy(name, w->name);
@@ -877,20 +907,14 @@ int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 	else
 		FAULT(RELEASE_BEGIN);
 
-	while (w->n_stored > 0) {
-		char fdname[FDSTORE_NAME_MAX];
-
-		strcpy(fdname, w->stored[0].fdname);
-		r = workload_unstore(k, w, fdname, err);
-		if (r < 0)
-			return kho_error_new(err, r, name, "is still held");
-		if (how == CUSTODY_CLAIMED)
-			FAULT(CLAIM_REMOVED);
-		else
-			FAULT(RELEASE_REMOVED);
-	}
+	r = w->brought ? adopt_end(k, w, &left, err) : 0;
+	if (r >= 0)
+		r = unstore_all(k, w, how, left, err);
+	if (r < 0)
+		return kho_error_new(err, r, name, "is still held");
 	workload_free(k, w);
-	session_await_end(k, session);
+	if (left)
+		session_await_end(k, session);
 	if (how == CUSTODY_CLAIMED)
 		timeline_claimed(k, name);
 	if (how == CUSTODY_CLAIMED)

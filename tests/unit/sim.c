@@ -65,6 +65,7 @@ struct sim {
 	struct entry store[MAX_STORE];
 	size_t n_store;
 	unsigned int fdstore_max;
+	unsigned int preserve_delay;
 	/* Out of the store, and not closed yet. */
 	struct {
 		int fd;
@@ -648,6 +649,11 @@ void sim_set_absent(struct sim *s, bool absent)
 	s->absent = absent;
 }
 
+void sim_set_preserve_delay(struct sim *s, unsigned int sec)
+{
+	s->preserve_delay = sec;
+}
+
 void sim_set_fdstore_max(struct sim *s, unsigned int max)
 {
 	s->fdstore_max = max;
@@ -718,6 +724,8 @@ pid_t sim_start(struct sim *s, const char *fault, const char *fail)
 		setenv("NOTIFY_SOCKET", env, 1);
 		snprintf(env, sizeof(env), "%u", s->fdstore_max);
 		setenv("FDSTORE", env, 1);
+		snprintf(env, sizeof(env), "%u", s->preserve_delay);
+		setenv("KHOD_PRESERVE_DELAY_SEC", env, 1);
 		setenv("KHO_SIM", s->dir, 1);
 		/* The machine that the tests run on is not to be kept from rebooting. */
 		snprintf(env, sizeof(env), "unix:path=%s/no-bus", s->dir);

@@ -25,6 +25,8 @@ void sim_free(struct sim *s);
 void sim_set_absent(struct sim *s, bool absent);
 /* Room in the fd store that khod is told about. */
 void sim_set_fdstore_max(struct sim *s, unsigned int max);
+/* How long khod puts off what is for the next kexec; 0, if not set, as tests look at what it does. */
+void sim_set_preserve_delay(struct sim *s, unsigned int sec);
 const char *sim_socket(struct sim *s);
 const char *sim_dir(struct sim *s);
 

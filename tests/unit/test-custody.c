@@ -133,10 +133,11 @@ static int state_of(struct sim *s, const char *name)
 
 static void must_be_empty(struct sim *s)
 {
-	cr_assert(sim_store_count(s) == 0, "%zu left in the fd store:\n%s", sim_store_count(s),
-		  sim_log(s));
+	/* These wait until PID 1 has heard all that khod has said. */
 	cr_assert(sim_sessions(s, false) == 0, "an outgoing session is left:\n%s", sim_log(s));
 	cr_assert(sim_sessions(s, true) == 0, "an incoming session is left:\n%s", sim_log(s));
+	cr_assert(sim_store_count(s) == 0, "%zu left in the fd store:\n%s", sim_store_count(s),
+		  sim_log(s));
 }
 
 /* One outgoing session per workload, no memfd in the store. */
@@ -881,9 +882,169 @@ Test(custody, killed_in_start_incoming)
 	sweep("start-incoming", kill_in_start_incoming, false);
 }
 
+/* What was put off is done when khod is stopped, and it dies there; the next one goes on, and is stopped, too. */
+static void kill_put_off(const char *fault, bool *killed, bool patched)
+{
+	struct sim *s = sim_new(patched);
+	struct files f;
+
+	files_make(&f);
+	must_start(s);
+	must_register(s, "vm1", &f);
+	must_stop(s);
+	sim_kexec(s);
+	sim_set_preserve_delay(s, 600);
+	sim_start(s, fault, NULL);
+	*killed = sim_killed(sim_ready(s) ? sim_stop(s) : sim_wait(s));
+	must_start(s);
+	must_stop(s);
+	must_rest(s, 1);
+	sim_kexec(s);
+	must_start(s);
+	must_claim(s, "vm1", &f);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
+Test(custody, killed_in_what_was_put_off)
+{
+	sweep("start-incoming", kill_put_off, true);
+	sweep("start-incoming", kill_put_off, false);
+}
+
+/* Is it as it came over, and not preserved again yet? */
+static void must_be_put_off(struct sim *s, size_t workloads)
+{
+	cr_assert(sim_sessions(s, true) == workloads, "%zu incoming sessions:\n%s", sim_sessions(s, true),
+		  sim_log(s));
+	cr_assert(sim_sessions(s, false) == workloads);
+	cr_assert(sim_store_memfds(s) == workloads * (N_FILES + 1), "%zu in transit:\n%s",
+		  sim_store_memfds(s), sim_log(s));
+}
+
+/* Kexec upon kexec, each before khod comes to preserving again by itself. */
+Test(custody, kexec_before_it_is_preserved_again)
+{
+	for (int patched = 0; patched < 2; patched++) {
+		struct sim *s = sim_new(patched);
+		struct files f, g;
+
+		files_make(&f);
+		files_make(&g);
+		sim_set_preserve_delay(s, 600);
+		must_start(s);
+		must_register(s, "vm1", &f);
+		must_register(s, "vm2", &g);
+		must_stop(s);
+		for (int i = 0; i < 4; i++) {
+			sim_kexec(s);
+			must_start(s);
+			must_be_put_off(s, 2);
+			if (i == 2) {
+				kill(sim_pid(s), SIGKILL);
+				cr_assert(sim_killed(sim_wait(s)));
+				must_start(s);
+				must_be_put_off(s, 2);
+			}
+			must_stop(s);
+			must_rest(s, 2);
+		}
+		sim_kexec(s);
+		must_start(s);
+		must_claim(s, "vm1", &f);
+		must_claim(s, "vm2", &g);
+		must_be_empty(s);
+		must_stop(s);
+		files_close(&f);
+		files_close(&g);
+		sim_free(s);
+	}
+}
+
+/* It is given back as it came, nothing else is touched, and can be registered again at once. */
+Test(custody, claimed_before_it_is_preserved_again)
+{
+	for (int patched = 0; patched < 2; patched++) {
+		struct sim *s = sim_new(patched);
+		struct kho_client *c;
+		struct files f, g, h;
+
+		files_make(&f);
+		files_make(&g);
+		files_make(&h);
+		must_start(s);
+		must_register(s, "vm1", &f);
+		must_register(s, "vm2", &g);
+		must_register(s, "vm3", &h);
+		must_stop(s);
+		sim_kexec(s);
+		sim_set_preserve_delay(s, 600);
+		must_start(s);
+		must_be_put_off(s, 3);
+		must_claim(s, "vm1", &f);
+		must_be_put_off(s, 2);
+		must_register(s, "vm1", &f);
+		c = dial(kho, s);
+		cr_assert(kho_client_release(c, "vm3", NULL, 0, NULL) == 0);
+		kho_client_free(c);
+		must_stop(s);
+		must_rest(s, 2);
+		sim_kexec(s);
+		must_start(s);
+		/* Its client goes without a word: as if it had not been there. */
+		c = dial(kho, s);
+		{
+			struct kho_claim *claim = NULL;
+
+			cr_assert(kho_client_claim(c, "vm2", NULL, 0, &claim, NULL) == 0);
+			kho_claim_free(claim);
+		}
+		kho_client_free(c);
+		must_claim(s, "vm1", &f);
+		must_claim(s, "vm2", &g);
+		must_be_empty(s);
+		must_stop(s);
+		files_close(&f);
+		files_close(&g);
+		files_close(&h);
+		sim_free(s);
+	}
+}
+
+/* By khod itself, when the time has come, or at once by a khod that is started later. */
+Test(custody, preserved_again_in_time)
+{
+	struct sim *s = sim_new(true);
+	struct files f;
+
+	files_make(&f);
+	must_start(s);
+	must_register(s, "vm1", &f);
+	must_stop(s);
+	for (int i = 0; i < 2; i++) {
+		sim_kexec(s);
+		sim_set_preserve_delay(s, 3);
+		must_start(s);
+		for (int n = 0; n < 1000 && sim_store_memfds(s) > 0; n++)
+			usleep(10000);
+		must_rest(s, 1);
+		must_stop(s);
+	}
+	sim_kexec(s);
+	must_start(s);
+	must_claim(s, "vm1", &f);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(&f);
+	sim_free(s);
+}
+
 static void kill_in_claim(const char *fault, bool *killed, bool patched)
 {
-	for (int kexec = 0; kexec < 2; kexec++) {
+	/* In the same kernel, in the next one, there before it has been preserved again. */
+	for (int kexec = 0; kexec < 3; kexec++) {
 		struct sim *s = sim_new(patched);
 		struct kho_error *err = NULL;
 		bool got, acked;
@@ -896,6 +1057,8 @@ static void kill_in_claim(const char *fault, bool *killed, bool patched)
 		must_stop(s);
 		if (kexec || !patched)
 			sim_kexec(s);
+		if (kexec == 2)
+			sim_set_preserve_delay(s, 600);
 		sim_start(s, fault, NULL);
 		(void)try_claim(s, "vm1", &f, &got, &acked, &err);
 		kho_error_free(err);

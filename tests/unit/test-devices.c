@@ -164,6 +164,8 @@ static int fd_named(struct kho_claim *claim, const char *name)
 /* Claim: what came back must work, under the ids that the map gives. */
 static void must_claim(const struct client *known)
 {
+	/* One that has not been preserved again is its client's already. */
+	bool preserved = sim_sessions(sim, true) == 0;
 	struct kho_client *c = dial(kho, sim);
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
@@ -185,7 +187,7 @@ static void must_claim(const struct client *known)
 		other = kho_claim_id(claim, "iommufd", known->ioas[1]);
 		cr_assert(pt && other && pt != other);
 		/* Preserved until the acknowledgement, and the client's after it. */
-		cr_assert(kho_vfio_attach(kho, fd_named(claim, "nic"), &pt, true, NULL) == -EBUSY);
+		cr_assert(!preserved || kho_vfio_attach(kho, fd_named(claim, "nic"), &pt, true, NULL) == -EBUSY);
 		must(kho_client_claim_ack(c, claim, &err), err, "ack");
 		devices_are(true, "paging");	/* and the simulation has seen the last close */
 		must(kho_vfio_attach(kho, fd_named(claim, "nic"), &pt, true, &err), err, "attach");
@@ -335,6 +337,65 @@ static void sweep(const char *phase, void (*one)(const char *fault, bool *killed
 	}
 	cr_assert(pclose(f) == 0 && points > 0);
 	fprintf(stderr, "%s with devices: killed at %zu fault points, %zu times\n", phase, points, kills);
+}
+
+/* Another kexec, and a claim, before what came over the first has been preserved again. */
+Test(devices, before_it_is_preserved_again)
+{
+	registered();
+	sim_set_preserve_delay(sim, 600);
+	for (int i = 0; i < 3; i++) {
+		sim_kexec(sim);
+		must_start(sim);
+		devices_are(true, "paging");
+		cr_assert(sim_sessions(sim, true) == 1 && sim_store_memfds(sim) == 3, "%s", sim_log(sim));
+		must_stop(sim);
+		devices_are(true, "paging");
+	}
+	sim_kexec(sim);
+	must_start(sim);
+	must_claim(&known);
+	must_stop(sim);
+}
+
+/* The client has the devices when it has acknowledged, and they go on, whatever becomes of khod. */
+static void kill_in_early_claim(const char *fault, bool *killed)
+{
+	struct kho_claim *claim = NULL;
+	enum kho_outcome outcome = 0;
+	struct kho_client *c;
+	char reason[600];
+	bool got;
+
+	registered();
+	sim_kexec(sim);
+	sim_set_preserve_delay(sim, 600);
+	sim_start(sim, fault, NULL);
+	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	c = dial(kho, sim);
+	got = kho_client_claim(c, "vm", NULL, 0, &claim, NULL) == 0;
+	if (got)
+		(void)kho_client_claim_ack(c, claim, NULL);
+	usleep(20000);
+	*killed = sim_killed(sim_stop(sim));
+	devices_are(true, "paging");
+	must_start(sim);
+	devices_are(true, "paging");
+	cr_assert(got || listed(&outcome, reason, sizeof(reason)) == KHO_WORKLOAD_HELD, "%s: lost\n%s", fault,
+		  sim_log(sim));
+	kho_claim_free(claim);
+	kho_client_free(c);
+	if (listed(&outcome, reason, sizeof(reason)) != 0)
+		must_claim(&known);
+	devices_are(false, "none");
+	cr_assert(sim_sessions(sim, false) == 0 && sim_sessions(sim, true) == 0 && sim_store_count(sim) == 0, "%s",
+		  sim_log(sim));
+	must_stop(sim);
+}
+
+Test(devices, killed_in_an_early_claim)
+{
+	sweep("claim", kill_in_early_claim);
 }
 
 static void kill_in_register(const char *fault, bool *killed)

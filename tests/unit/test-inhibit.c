@@ -262,3 +262,76 @@ Test(inhibit, khod_killed_before_a_reboot)
 	cr_assert(logind_proceed(logind) == 1, "%s", sim_log(sim));
 	must_stop(sim);
 }
+
+/*
+ * What came over a kexec, when the next one is announced before khod has preserved it again.
+ * Return: false: it has failed before, so that logind refuses the kexec.
+ */
+static bool comes_early(const char *fail)
+{
+	must_start(sim);
+	hold("mem");
+	must_stop(sim);
+	sim_kexec(sim);
+	sim_set_preserve_delay(sim, 600);
+	sim_start(sim, NULL, fail);
+	cr_assert(sim_ready(sim), "%s", sim_log(sim));
+	for (int i = 0; i < 2000 && !logind_locks(logind, "delay"); i++) {
+		if (logind_locks(logind, "block") > 0)
+			return false;
+		usleep(10000);
+	}
+	must_come_to("delay", 1);
+	logind_announce(logind, "kexec");
+	return true;
+}
+
+Test(inhibit, a_kexec_that_comes_early_is_granted)
+{
+	cr_assert(comes_early(NULL), "%s", sim_log(sim));
+	cr_assert(logind_proceed(logind) == 1, "%s", sim_log(sim));
+	/* What would be done when khod is stopped has been done. */
+	kill_khod();
+	cr_assert(sim_store_memfds(sim) == 0 && sim_sessions(sim, true) == 0);
+	sim_kexec(sim);
+	must_start(sim);
+	must_hold("mem", 3);
+	must_stop(sim);
+}
+
+/* Whatever fails on the way: it goes on and all is carried, or it is refused and all is here. */
+Test(inhibit, a_kexec_that_comes_early_is_refused)
+{
+	int failed = 0, refused = 0, granted = 0;
+
+	for (int n = 1;; n++) {
+		char fail[32];
+		bool fired;
+
+		snprintf(fail, sizeof(fail), "%d:%d", n, EIO);
+		if (!comes_early(fail)) {
+			failed++;
+			must_stop(sim);
+		} else if (logind_proceed(logind) == 1) {
+			granted++;
+			must_stop(sim);
+			sim_kexec(sim);
+		} else {
+			refused++;
+			cr_assert(strstr(sim_log(sim), "Workload mem could not be brought into order"), "%s",
+				  sim_log(sim));
+			must_unmask();
+			kill_khod();
+		}
+		fired = strstr(sim_log(sim), "sim: call ") != NULL;
+		must_start(sim);
+		must_hold("mem", 3);
+		must_stop(sim);
+		if (!fired)
+			break;
+		teardown_logind();
+		setup_logind();
+	}
+	fprintf(stderr, "early kexec: %d failed before, %d refused, %d granted\n", failed, refused, granted);
+	cr_assert(failed > 2 && refused > 2 && granted > 2);
+}

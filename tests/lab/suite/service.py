@@ -64,10 +64,21 @@ class Khod:
         self.vm.run(f"for i in $(seq {timeout}); do systemctl is-active -q khod && exit 0; sleep 1; "
                     "done; exit 1", 2 * timeout)
 
-    def only_sessions(self):
-        """In the fd store there are LUO sessions, one a workload, and what is nobody's."""
+    def stored(self):
+        """What is in the fd store, but for what is nobody's."""
         rows = self.vm.run("systemd-analyze fdstore khod.service").out.splitlines()[1:]
-        rows = [r for r in rows if r.strip() and not re.match(r"(timeline|manifest|inhibit-\w+) ", r)]
+        return [r for r in rows if r.strip() and not re.match(r"(timeline|manifest|inhibit-\w+) ", r)]
+
+    def in_transit(self):
+        """How much of that is there until it has been preserved again."""
+        return sum(r.startswith("transit+") for r in self.stored())
+
+    def only_sessions(self, timeout=60):
+        """In the fd store there come to be LUO sessions, one a workload, and what is nobody's."""
+        end = time.monotonic() + timeout
+        while self.in_transit() and time.monotonic() < end:
+            time.sleep(0.5)
+        rows = self.stored()
         for r in rows:
             expect("anon_inode:[luo_session]" in r, f"not a session in the fd store: {r}")
         expect(len(rows) == len(self.held()), f"{len(rows)} descriptors for {self.held()}")
@@ -75,7 +86,7 @@ class Khod:
     def kills(self, since, points):
         """The fault points at which khod killed itself since line @since of the journal, which
         may be behind: waits until all of @points are there."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60     # some things khod puts off
         while True:
             found = [m.group(1) for x in list(self.vm.journal.lines)[since:]
                      if (m := re.search(r"khod: fault point (\S+): killing myself", x))]
@@ -260,6 +271,51 @@ def a_kexec_that_would_lose_a_workload_is_refused(ctx):
                "systemctl restart khod")
         expect(khod.held() == ["mem"] and "held" in vm.run("khoctl list").out, "not held")
         locked(vm, "block", False)
+        khod.claim("mem")
+
+
+def put_off(vm, seconds):
+    """How long khod puts off, after each kexec from now on, what is for the next one."""
+    vm.run("d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
+           f"printf '[Service]\nEnvironment=KHOD_PRESERVE_DELAY_SEC={seconds}\n' > $d/delay.conf; sync")
+
+
+@test()
+def a_kexec_before_khod_has_preserved_again(ctx):
+    """Each of many, asked of logind or not, after khod was killed or a claim: carried, the same pages."""
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        khod.register("mem", 64 * MIB)
+        khod.register("small", MIB, seed=2)
+        put_off(vm, 3600)
+        vm.kexec()
+        expect(khod.in_transit() == 4, khod.stored())
+        vm.kexec()
+        expect(khod.in_transit() == 4, khod.stored())
+        vm.run("systemctl kill -s KILL khod")
+        khod.settled()
+        expect(khod.in_transit() == 4, khod.stored())
+        vm.kexec()
+        # PID 1 does not take anything any more when khod is stopped.
+        for command in ("systemctl kexec --force", "systemctl start kexec.target"):
+            vm.load()
+            vm.mark = len(vm.console.lines)
+            vm.start_command(command)
+            vm.next_boot(command)
+            expect(states(vm) == {"mem": "held", "small": "held"}, f"{command}: {states(vm)}")
+            expect(khod.in_transit() == 4, khod.stored())
+        khod.claim("small")
+        expect(khod.in_transit() == 2, khod.stored())
+        delayed(vm)
+        vm.kexec()
+        expect(khod.held() == ["mem"], khod.held())
+        # khoctl asks for it, and is answered when it has been done.
+        vm.run("khoctl preserve")
+        expect(khod.in_transit() == 0, khod.stored())
+        vm.run("khoctl abort")
+        put_off(vm, 10)
+        vm.kexec()
+        khod.only_sessions()
         khod.claim("mem")
 
 
@@ -483,6 +539,7 @@ def killed_after_a_kexec_of_its_own_for_each_point(ctx):
     """As in check, but each point gets a kexec, and dies at its second pass too."""
     with booted(ctx) as vm:
         khod, done = Khod(vm.ready()), 0
+        put_off(vm, 1)
         khod.register("a", seed=1)
         khod.register("b", seed=2)
         for point in khod.points("start-incoming"):
