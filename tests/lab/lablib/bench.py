@@ -2,7 +2,8 @@
 """make bench: each figure with its baseline, from alternating pairs of the same run.
 
 blackout     reboot(2) to the first instruction of userspace
-service gap  a workload stopped to the same workload running again
+service gap  a workload stopped to the same workload running again, with its memory in hand:
+             claimed from khod, or passed by systemd
 
 Baseline and measured alternate in one guest, so that both see the same machine;
 pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
@@ -29,7 +30,7 @@ from .qemu import VM
 WIDTH = 0.01
 GOAL = 1.02         # over systemd's own fd store, by the worse end of the interval
 TOOLS = "/usr/lib/khod/tests"
-MEMORY = 1 << 30
+STARTED = r"lab: workload runs"
 
 
 def without_khod(vm):
@@ -40,32 +41,42 @@ def with_khod(vm):
     vm.run("systemctl --quiet unmask khod.socket khod.service; systemctl start khod.service")
 
 
+def start_workload(vm, memory=""):
+    """Start the lab's workload, whose memory @memory keeps from now on."""
+    since = len(vm.console.lines)
+    vm.run(f"echo MEMORY={memory} > /var/lib/lab/workload; sync; systemctl restart lab-workload.service")
+    if vm.console.wait(STARTED, since, time.monotonic() + 240, vm.alive) is None:
+        vm.hang("the lab's workload did not start")
+
+
 def plain(vm):
     """No khod at all, in neither kernel."""
     without_khod(vm)
+    start_workload(vm)
 
 
 def idle(vm):
     """khod holds nothing."""
     with_khod(vm)
+    start_workload(vm)
 
 
 def khod_memory(vm):
-    """khod preserves a memfd of 1 GiB."""
+    """khod preserves a memfd of 1 GiB, and the workload claims it."""
     with_khod(vm)
-    vm.run(f"{TOOLS}/memfd-pages --create {MEMORY} -- khoctl register bench --fd 3", 300)
+    start_workload(vm, "khod")
 
 
 def systemd_memory(vm):
-    """The same memfd in systemd's own fd store."""
+    """The same memfd in systemd's own fd store, which passes it to the workload."""
     without_khod(vm)
-    vm.run("systemctl start lab-fdstore.service", 300)
+    start_workload(vm, "fdstore")
 
 
 def workloads(count):
     """khod preserves 64 MiB, as @count workloads of one memfd each."""
     def setup(vm):
-        with_khod(vm)
+        idle(vm)
         vm.run(f"for i in $(seq {count}); do {TOOLS}/memfd-pages --create {(64 << 20) // count} -- "
                "khoctl register bench-$i --fd 3 || exit 1; done > /dev/null", 300)
     return setup
@@ -73,7 +84,7 @@ def workloads(count):
 
 def drop_memory(vm):
     vm.run("for w in $(khoctl list 2>/dev/null | awk '/^bench/ { print $1 }'); do khoctl release --of root $w; done; "
-           "systemctl stop lab-fdstore.service; systemctl clean --what=fdstore lab-fdstore.service",
+           "systemctl stop lab-workload.service; systemctl clean --what=fdstore lab-workload.service",
            check=False)
 
 
