@@ -101,21 +101,28 @@ def dma_times(vm) -> list:
     return [when - offset for when, _, length in trace.dma_writes(vm.dir / "trace.log") if length > 0]
 
 
-def counts(vm, start, old, sent, got, t) -> Counts:
+def masters_off(vm) -> list:
+    """When something turned the device's bus mastering off, by the host's monotonic clock."""
     offset = time.time() - time.monotonic()
-    dma, masters = dma_times(vm), []
-    for when, dev, _, where, value in trace.config_writes(vm.dir / "trace.log"):
-        if dev == DEVICE and where == 4 and not value & 4:
-            masters.append(when - offset)
+    return [when - offset for when, dev, _, where, value in trace.config_writes(vm.dir / "trace.log")
+            if dev == DEVICE and where == 4 and not value & 4]
 
-    def at(pattern, begin=start):
-        i = vm.console.find(pattern, begin)
+
+def spans(vm, start) -> tuple:
+    """Of the kexec that was requested at line @start of the console: the blackout, and the time
+    without a driver."""
+    def at(pattern):
+        i = vm.console.find(pattern, start)
         if i is None:
             raise LabError(f"the console never said '{pattern}'")
         return vm.console.lines[i].when
-    dark = (at(r"Rebooting with kexec"), at(r"Run /\S+ as init process"))
-    absent = (at(timeline.STOPPED), at(r"lab: workload runs"))
+    return ((at(r"Rebooting with kexec"), at(r"Run /\S+ as init process")),
+            (at(timeline.STOPPED), at(r"lab: workload runs")))
+
+
+def counts(vm, start, old, sent, got, t) -> Counts:
+    dark, absent = spans(vm, start)
     return Counts(old=old, new=got["kernel"], sent=len(sent), seen=got["seen"], lost=got["lost"],
                   duplicates=got["duplicates"], foreign=got["foreign"], in_ring=got["in_ring"],
-                  dma=dma, sent_at=[ns / 1e9 for _, ns in sent], dark=dark, absent=absent,
-                  masters=masters, timeline=t)
+                  dma=dma_times(vm), sent_at=[ns / 1e9 for _, ns in sent], dark=dark, absent=absent,
+                  masters=masters_off(vm), timeline=t)

@@ -507,3 +507,47 @@ def packets_land_with_a_lease(ctx):
         figures(ctx, c)
         expect(not judge(c), "; ".join(judge(c)))
         expect(shown(vm)["state"] == "leased" and nic.status(vm)["extra"] > mapped, shown(vm))
+
+
+def under_pressure(vm):
+    """What the guest's unit filled before anything was retrieved, in MiB; nothing wrote to it since."""
+    i = vm.console.find(r"memory-pressure: round 2 filled \d+ MiB, 0 bytes changed", vm.mark)
+    expect(i is not None, "free memory was not filled, or was written to")
+    return int(re.search(r"filled (\d+)", vm.console.lines[i])[1])
+
+
+def handovers(ctx, count):
+    """The driver's unit through @count handovers in a row, two builds in turn, under pressure."""
+    builds, dark, filled = (ctx.kernel(release="-b"), ctx.kernel()), [], []
+    with booted(ctx, pressure=True) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        sender = Sender(vm.senders[0], 300, vm.dir / "sent")
+        began = time.monotonic()
+        for i in range(count):
+            start = len(vm.console.lines)
+            vm.kexec(builds[i % 2])
+            khod.settled()
+            got = nic.wait_running(vm, 180)
+            expect(got["starts"] == i + 2 and got["handovers"] == 1 and not got["lost"],
+                   f"after handover {i + 1}: {got}")
+            dark.append(nic.spans(vm, start)[0])
+            filled.append(under_pressure(vm))
+        sent = len(sender.stop())
+        got, dma = counted(vm, nic.STATUS, sent), nic.dma_times(vm)
+        expect(got["seen"] == sent and not (got["lost"] or got["duplicates"] or got["foreign"]),
+               f"{sent} packets sent, {got}")
+        expect(len(dma) == sent, f"{sent} packets sent, {len(dma)} written by DMA")
+        landed = [sum(a <= t < b for t in dma) for a, b in dark]
+        expect(all(landed), f"no DMA in a blackout: {landed}")
+        expect(not [t for t in nic.masters_off(vm) if t > began], "bus mastering was turned off")
+        spans = [b - a for a, b in dark]
+        ctx.figure("packets", f"{sent} sent, {len(dma)} by DMA, {got['seen']} seen, {got['lost']} lost")
+        ctx.figure("handovers", f"{count}, {sum(landed)} packets in blackouts of {min(spans):.1f} to "
+                                f"{max(spans):.1f} s, at least {min(filled)} MiB filled each time")
+
+
+@test(part="nic", kernels=A_AND_B)
+def twenty_handovers_of_a_nic_under_pressure(ctx):
+    """One unit, `systemctl kexec` after `systemctl kexec`, packets all the time, none lost."""
+    handovers(ctx, 20)
