@@ -14,6 +14,7 @@ shapes       preserved memory by itself, see bench_memory.py
 goals        the same for what has a goal, patched alone
 custody      the same in khod under systemd, until khod is ready and devices are swapped
 noiommu, vtd a handover of a device beside its cold set-up, see bench_device.py
+areas        its blackout with one area and with 100,000
 replace      its moves from one HWPT to another beside those of the unpatched driver
 image        the state image of a million areas to bytes and back, beside memcpy and json-c;
              on this host, without a guest
@@ -85,7 +86,7 @@ def workloads(count):
 def drop_memory(vm):
     vm.run("for w in $(khoctl list 2>/dev/null | awk '/^bench/ { print $1 }'); do khoctl release --of root $w; done; "
            "systemctl stop lab-workload.service; systemctl clean --what=fdstore lab-workload.service",
-           check=False)
+           300, check=False)
 
 
 # Name -> what is compared, baseline, measured, the goal if there is one.
@@ -98,7 +99,7 @@ PAIRS = {
 
 PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "goals": bench_memory.only_goals,
          "custody": bench_custody.main, "noiommu": bench_device.noiommu, "vtd": bench_device.vtd,
-         "replace": bench_device.replaces}
+         "areas": bench_device.areas, "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
 
 

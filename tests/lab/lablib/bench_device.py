@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""make bench, parts `noiommu`, `vtd` and `replace`: what a handover of a device costs.
+"""make bench, parts `noiommu`, `vtd`, `areas` and `replace`: what a handover of a device costs.
 
 noiommu, vtd  by memory, page size and number of areas
+areas         how many instructions more the blackout takes with 100,000 areas than with one
 replace       how long moving the device to another HWPT takes, beside the unpatched driver's,
               which blocks the device meanwhile: the median of the moves in a guest, which what else
               the host has to do does not reach
@@ -55,16 +56,23 @@ class Shape:
 SHAPES = (Shape(64), Shape(64, small=True), Shape(512), Shape(512, small=True),
           Shape(512, small=True, areas=1000), Shape(512, small=True, areas=100000),
           Shape(4096), Shape(4096, small=True), Shape(8192), Shape(8192, small=True))
+FEW_AND_MANY = (Shape(512, small=True), Shape(512, small=True, areas=100000))
+
+
+def handover(shape, machine, build, **kw):
+    """One kexec under traffic, of which nothing is lost."""
+    from suite.dma import Run       # pylint: disable=import-outside-toplevel
+    ctx = Context(f"bench-{machine}-{shape.mib}")
+    run = Run(ctx, kexecs=1, rate=RATE, machine=machine, timeout=900, kernel=build,
+              memory=f"{shape.mib * 5 // 4 + 768}M",
+              options=f"dma.large={shape.mib} dma.small={int(shape.small)} dma.pieces={shape.areas}", **kw)
+    run.nothing_lost(ctx, 1)
+    return run
 
 
 def measure(shape, machine, build) -> dict:
     """One kexec: milliseconds of each step."""
-    from suite.dma import Run       # pylint: disable=import-outside-toplevel
-    ctx = Context(f"bench-{machine}-{shape.mib}")
-    run = Run(ctx, kexecs=1, rate=RATE, machine=machine, timeout=600, kernel=build,
-              memory=f"{shape.mib * 5 // 4 + 768}M",
-              options=f"dma.large={shape.mib} dma.small={int(shape.small)} dma.pieces={shape.areas}")
-    run.nothing_lost(ctx, 1)
+    run = handover(shape, machine, build)
     said = " ".join(run.lines("SETUP"))
     got = {k: float(v) for k, v in re.findall(r"(\w+)=([\d.]+)", said)}
     kept = run.lines("preserved memfd")[0]
@@ -112,6 +120,28 @@ def noiommu(limit, seconds) -> None:
 
 def vtd(limit, seconds) -> None:
     handovers("vtd", limit, seconds)
+
+
+def blackout(shape, machine, build) -> float:
+    """From reboot(2) to the first instruction of userspace, in millions of them."""
+    run = handover(shape, machine, build, icount=True)
+    begin, end = (int(re.search(r"counter=(\d+)", run.lines(w)[-1])[1]) for w in ("KEXEC", "STAGE"))
+    return (end - begin) / 1e6
+
+
+def areas(limit, seconds) -> None:
+    """At most @limit rounds (ROUNDS) of one area and of many, on each of MACHINES."""
+    build, got, start = kernel.build("minimal"), {}, time.monotonic()
+    for n in range(min(limit, ROUNDS)):
+        for name, (machine, _) in MACHINES.items():
+            for shape in FEW_AND_MANY:
+                if time.monotonic() - start > seconds:
+                    break
+                got.setdefault((name, shape), []).append(blackout(shape, machine, build))
+                print(f"round {n + 1}: {name}: {shape}: {got[name, shape][-1]:.2f} M instructions", flush=True)
+    print("\nthe blackout, in millions of instructions")
+    for (name, shape), rows in got.items():
+        print(f"  {name:8} {shape}: {stats.mean(rows)}", flush=True)
 
 
 def replaces(limit, seconds) -> None:

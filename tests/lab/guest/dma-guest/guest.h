@@ -137,6 +137,7 @@ extern uint32_t outside;	/* every n-th buffer of a NIC is not in the IOAS */
 /* base.c */
 extern char cmdline[4096];
 double now(void);
+unsigned long long counter(void);
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 void __attribute__((noreturn)) die(const char *what);
 void check(long ret, const char *what);

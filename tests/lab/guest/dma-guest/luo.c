@@ -150,7 +150,7 @@ void preserve_all(void)
 
 void do_kexec(void)
 {
-	say("KEXEC");
+	say("KEXEC counter=%llu", counter());
 	reboot(LINUX_REBOOT_CMD_KEXEC);
 }
 

@@ -340,6 +340,7 @@ static void outlive(pid_t child)
 
 int main(void)
 {
+	unsigned long long begin = counter();
 	int stage, left;
 	pid_t child;
 
@@ -354,7 +355,8 @@ int main(void)
 		!access("/sys/class/iommu/ivhd0", F_OK);
 	mem_iova = strtoull(param("dma.iova", "0x100000000"), NULL, 0);
 	outside = atoi(param("dma.outside", "0"));
-	say("STAGE %d left %d mode %s device %s", stage, left, mode->name, driver->name);
+	say("STAGE %d left %d mode %s device %s counter=%llu", stage, left, mode->name, driver->name,
+	    begin);
 
 	if (mode->dies && left == 0) {
 		child = fork();
