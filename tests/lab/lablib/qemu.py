@@ -171,6 +171,7 @@ class VM:
         self.share.mkdir()
         self.proc = self.qga = self.qmp = self.console = self.journal = None
         self.senders = []           # host ends of the netdevs, in the order of the devices
+        self.cpu_threads = []
         self.boots = 0
         self.mark = 0               # line of the console at which the current boot began
         self.accel = "tcg" if icount else accelerator(self.kernel)
@@ -338,6 +339,13 @@ class VM:
             if not answer:
                 raise LabError(f"QEMU ended: {last_lines(self.dir / 'qemu.err', 5)}\n"
                                f"its command is in {self.dir}/command")
+
+    def cpu_time(self) -> float:
+        """Seconds of the host's CPUs that the guest's have used, which its load does not change."""
+        if not self.cpu_threads:
+            self.cpu_threads = [c["thread-id"] for c in self.qmp_do("query-cpus-fast")]
+        return sum(int(Path(f"/proc/{self.proc.pid}/task/{t}/schedstat").read_text().split()[0])
+                   for t in self.cpu_threads) / 1e9
 
     # --- the guest agent ---------------------------------------------------------
 
