@@ -509,11 +509,12 @@ def packets_land_with_a_lease(ctx):
         expect(shown(vm)["state"] == "leased" and nic.status(vm)["extra"] > mapped, shown(vm))
 
 
-def under_pressure(vm):
-    """What the guest's unit filled before anything was retrieved, in MiB; nothing wrote to it since."""
-    i = vm.console.find(r"memory-pressure: round 2 filled \d+ MiB, 0 bytes changed", vm.mark)
-    expect(i is not None, "free memory was not filled, or was written to")
-    return int(re.search(r"filled (\d+)", vm.console.lines[i])[1])
+def under_pressure(vm, since):
+    """What was filled before anything was retrieved, in MiB: nothing of it was written to meanwhile."""
+    line = journal_says(vm, r"memory-pressure: round 2 filled \d+ MiB, \d+ bytes changed", since)
+    filled, changed = (int(x) for x in re.search(r"filled (\d+) MiB, (\d+)", line).groups())
+    expect(filled and not changed, line)
+    return filled
 
 
 def handovers(ctx, count):
@@ -525,14 +526,14 @@ def handovers(ctx, count):
         sender = Sender(vm.senders[0], 300, vm.dir / "sent")
         began = time.monotonic()
         for i in range(count):
-            start = len(vm.console.lines)
+            start, since = len(vm.console.lines), len(vm.journal.lines)
             vm.kexec(builds[i % 2])
             khod.settled()
             got = nic.wait_running(vm, 180)
             expect(got["starts"] == i + 2 and got["handovers"] == 1 and not got["lost"],
                    f"after handover {i + 1}: {got}")
             dark.append(nic.spans(vm, start)[0])
-            filled.append(under_pressure(vm))
+            filled.append(under_pressure(vm, since))
         sent = len(sender.stop())
         got, dma = counted(vm, nic.STATUS, sent), nic.dma_times(vm)
         expect(got["seen"] == sent and not (got["lost"] or got["duplicates"] or got["foreign"]),
