@@ -20,8 +20,8 @@ FILL = "vtd_iotlb_page_update"
 
 
 def booted(ctx, machine="noiommu", **kw):
-    return ctx.vm(memory="1G", machine=machine, devices=["e1000e"], append="lab.nic",
-                  trace=(*nic.EVENTS, FILL), **kw)
+    return ctx.vm(**{"memory": "1G", **kw}, machine=machine, devices=["e1000e"], append="lab.nic",
+                  trace=(*nic.EVENTS, FILL))
 
 
 def judge(c):
@@ -520,7 +520,8 @@ def under_pressure(vm, since):
 def handovers(ctx, count):
     """The driver's unit through @count handovers in a row, two builds in turn, under pressure."""
     builds, dark, filled = (ctx.kernel(release="-b"), ctx.kernel()), [], []
-    with booted(ctx, pressure=True) as vm:
+    # Filling what is free takes longer than anything else.
+    with booted(ctx, memory="512M", pressure=True) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
         sender = Sender(vm.senders[0], 300, vm.dir / "sent")
