@@ -6,8 +6,8 @@ and the same mappings are set up for the other, which of the two first in turn. 
 systemd; the guest's half is tests/bench/restore.
 
 Each number of areas has two guests: one whose clock counts its instructions (QEMU's -icount), by
-which the parts of both are told apart, and one in which the emulator's CPU time is taken. The load of
-the host does not reach either.
+which the parts of both are told apart, and one in which the emulator's CPU time is taken. Load of the
+host does not reach the first; in the second it is still there, though less than in wall-clock time.
 """
 
 import os

@@ -341,7 +341,7 @@ class VM:
                                f"its command is in {self.dir}/command")
 
     def cpu_time(self) -> float:
-        """Seconds of the host's CPUs that the guest's have used, which its load does not change."""
+        """Seconds of the host's CPUs that the guest's have used."""
         if not self.cpu_threads:
             self.cpu_threads = [c["thread-id"] for c in self.qmp_do("query-cpus-fast")]
         return sum(int(Path(f"/proc/{self.proc.pid}/task/{t}/schedstat").read_text().split()[0])
