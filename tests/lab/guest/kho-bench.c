@@ -455,7 +455,7 @@ static unsigned char *filler;
 static size_t filler_len;
 
 /* Everything that is free, but 48 MiB and what the kernel needs to retrieve @len bytes. */
-static void fill_memory(size_t len)
+static void fill_memory(size_t len, int huge)
 {
 	unsigned long reserve = 49152 + (len >> 10) / 64;
 	const size_t chunk = 4UL << 20;
@@ -464,6 +464,9 @@ static void fill_memory(size_t len)
 		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (filler == MAP_FAILED)
 		die("mmap filler");
+	if (!huge && madvise(filler, 1UL << 34, MADV_NOHUGEPAGE) && errno != EINVAL)
+		die("madvise filler");
+	filler_len = 0;
 	while (meminfo_kib("MemFree:") > meminfo_kib("CmaFree:") + reserve) {
 		memset(filler + filler_len, 0xa5, chunk);
 		filler_len += chunk;
@@ -483,6 +486,35 @@ static void check_filler(void)
 		die("memory of this kernel was written to");
 	}
 	munmap(filler, 1UL << 34);
+}
+
+/*
+ * Each page goes back to the zone that its struct page says. One that was never initialized says
+ * another one, which then has more free pages than it ever had.
+ */
+static void check_zones(void)
+{
+	static char buf[65536];
+	unsigned long free, managed;
+	char name[32], *p = buf;
+	int node;
+
+	if (slurp("/proc/zoneinfo", buf, sizeof(buf)) < 0)
+		die("zoneinfo");
+	while ((p = strstr(p, "Node "))) {
+		char *f = strstr(p, "pages free"), *m = strstr(p, "managed");
+
+		if (sscanf(p, "Node %d, zone %31s", &node, name) != 2 || !f || !m ||
+		    sscanf(f, "pages free %lu", &free) != 1 || sscanf(m, "managed %lu", &managed) != 1)
+			die("zoneinfo");
+		if (free > managed) {
+			errno = ERANGE;
+			die("node %d, zone %s: %lu pages are free of %lu", node, name, free, managed);
+		}
+		say("zone %s free=%lu managed=%lu", name, free, managed);
+		p = m;
+	}
+	say("zones_ok=1");
 }
 
 /* -- damage --------------------------------------------------------------- */
@@ -734,7 +766,7 @@ int main(void)
 			die("retrieve session");
 		close(lu);
 		if (atoi(param("fill", "0")))
-			fill_memory(len);
+			fill_memory(len, 1);
 		t = now_us();
 		if (ioctl(s, LU_RETRIEVE_FD, &arg))
 			die("retrieve");
@@ -766,6 +798,12 @@ int main(void)
 		close(arg.fd);
 		say("after_close mem_free_kib=%lu shmem_kib=%lu",
 		    meminfo_kib("MemFree:"), meminfo_kib("Shmem:"));
+		/* What was the memfd's is given out and taken back page by page. */
+		if (filler) {
+			fill_memory(0, 0);
+			check_filler();
+			check_zones();
+		}
 	}
 	say("DONE");
 	power_off();

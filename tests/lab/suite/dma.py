@@ -217,7 +217,9 @@ class Run:
         got = self.result()
         lost = len(self.sent) - got["received"]
         landed, spans = self.undisturbed(kexecs)
-        expect(lost == 0 and not got["lost"], f"{lost} of {len(self.sent)} packets lost: {got}")
+        # A machine that is too slow runs out of descriptors; that is not the kernel's fault.
+        expect(lost == 0 and not got["lost"], f"{lost} of {len(self.sent)} packets lost: {got}; the "
+               f"ring's 32,768 descriptors had to last for up to {max(spans):.0f} s")
         expect(not (got["bad"] or got["doubled"] or got["incomplete"]), f"damage: {got}")
         expect(all(landed), f"no DMA in a blackout: {landed}")
         ctx.figure("packets", f"{len(self.sent)} sent, {got['received']} landed, {lost} lost, "

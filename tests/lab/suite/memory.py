@@ -35,6 +35,7 @@ def come_back(ctx, config, shapes=SHAPES, **kw):
             expect(shape.pattern != "second" or int(got.old["runs"]) > shape.mib * 100,
                    f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
             expect(int(got.new["filled_mib"]) > 64, f"only {got.new['filled_mib']} MiB were filled")
+            expect(got.new.get("zones_ok") == "1", "nobody looked whether pages went back to their zones")
         ctx.figure(str(shape), f"{got.old.get('runs', 0)} runs, all pages right")
 
 
@@ -42,6 +43,12 @@ def come_back(ctx, config, shapes=SHAPES, **kw):
 def memory_of_two_shapes_comes_back(ctx):
     """Every second page, which has most of the cases; huge folios stay whole."""
     come_back(ctx, "minimal", (Shape(128, "second"), Shape(128, huge=True)), memory="1G")
+
+
+@test()
+def memory_in_large_folios_goes_back_to_its_zone(ctx):
+    """Initialized late, each struct page says where its page belongs; guests of less have no such zone."""
+    come_back(ctx, "minimal", (Shape(1024, huge=True),), memory="4G")
 
 
 @test(part="memory")
