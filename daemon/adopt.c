@@ -753,17 +753,6 @@ static int secure(struct khod *k, struct group *g, struct kho_error **err)
 	return r < 0 ? r : 0;
 }
 
-/* The same of one alone, confirmed. */
-static int secure_now(struct khod *k, struct group *g, struct kho_error **err)
-{
-	int r, late;
-
-	fdstore_batch(&k->fdstore);
-	r = secure(k, g, err);
-	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
-	return r < 0 ? r : late;
-}
-
 /* Of a workload whose devices were given up: after step 2 is confirmed, and instead of step 3. */
 static int secure_quiesced(struct khod *k, struct group *g, struct kho_error **err)
 {
@@ -884,6 +873,19 @@ static int transfer(struct khod *k, struct group *g, struct kho_error **err)
 out:
 	fdstore_unbatch(&k->fdstore);
 	return r;
+}
+
+/* Steps 2 to 8 of one alone. */
+static int transfer_now(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r, late;
+
+	fdstore_batch(&k->fdstore);
+	r = secure(k, g, err);
+	late = fdstore_confirm(&k->fdstore, g->w->name, r < 0 ? NULL : err);
+	if (r < 0 || late < 0)
+		return r < 0 ? r : late;
+	return transfer(k, g, err);
 }
 
 /* Are its files all open here? */
@@ -1358,9 +1360,7 @@ int workload_give_up(struct khod *k, struct workload *w, const char *why, struct
 
 	r = bring(k, &g, err);
 	if (r >= 0)
-		r = secure_now(k, &g, err);
-	if (r >= 0)
-		r = transfer(k, &g, err);
+		r = transfer_now(k, &g, err);
 	if (r < 0) {
 		workload_fail(w, err, r);
 		failed(k, w);
@@ -1434,9 +1434,7 @@ static void adopt_group(struct khod *k, struct group *g)
 		return;
 	}
 	if (r == BROUGHT) {
-		r = secure_now(k, g, &g->err);
-		if (r >= 0)
-			r = transfer(k, g, &g->err);
+		r = transfer_now(k, g, &g->err);
 		r = r < 0 ? r : BROUGHT;
 	}
 	settle(k, g, r);
