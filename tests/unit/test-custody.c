@@ -140,6 +140,26 @@ static void must_be_empty(struct sim *s)
 		  sim_log(s));
 }
 
+/* One workload, vm1, registered and taken over a kexec; khod is not started yet. */
+static void must_carry(struct sim *s, struct files *f)
+{
+	files_make(f);
+	must_start(s);
+	must_register(s, "vm1", f);
+	must_stop(s);
+	sim_kexec(s);
+}
+
+/* It is given back, and that was all. */
+static void must_end(struct sim *s, struct files *f)
+{
+	must_claim(s, "vm1", f);
+	must_be_empty(s);
+	must_stop(s);
+	files_close(f);
+	sim_free(s);
+}
+
 /* One outgoing session per workload, no memfd in the store. */
 static void must_rest(struct sim *s, size_t workloads)
 {
@@ -271,11 +291,7 @@ Test(custody, client_dies_before_ack)
 	kho_client_free(c);
 	usleep(50000);
 	cr_assert(state_of(s, "vm1") == KHO_WORKLOAD_HELD);
-	must_claim(s, "vm1", &f);
-	must_be_empty(s);
-	must_stop(s);
-	files_close(&f);
-	sim_free(s);
+	must_end(s, &f);
 }
 
 Test(custody, refusals_name_object_and_reason)
@@ -823,11 +839,7 @@ static void kill_in_start_incoming_variant(const char *fault, bool *killed, bool
 	struct files f;
 	bool in_time;
 
-	files_make(&f);
-	must_start(s);
-	must_register(s, "vm1", &f);
-	must_stop(s);
-	sim_kexec(s);
+	must_carry(s, &f);
 	sim_start(s, fault, NULL);
 	*killed = !sim_ready(s);
 	if (*killed)
@@ -888,11 +900,7 @@ static void kill_put_off(const char *fault, bool *killed, bool patched)
 	struct sim *s = sim_new(patched);
 	struct files f;
 
-	files_make(&f);
-	must_start(s);
-	must_register(s, "vm1", &f);
-	must_stop(s);
-	sim_kexec(s);
+	must_carry(s, &f);
 	sim_set_preserve_delay(s, 600);
 	sim_start(s, fault, NULL);
 	*killed = sim_killed(sim_ready(s) ? sim_stop(s) : sim_wait(s));
@@ -901,11 +909,7 @@ static void kill_put_off(const char *fault, bool *killed, bool patched)
 	must_rest(s, 1);
 	sim_kexec(s);
 	must_start(s);
-	must_claim(s, "vm1", &f);
-	must_be_empty(s);
-	must_stop(s);
-	files_close(&f);
-	sim_free(s);
+	must_end(s, &f);
 }
 
 Test(custody, killed_in_what_was_put_off)
@@ -1034,11 +1038,7 @@ Test(custody, preserved_again_in_time)
 	}
 	sim_kexec(s);
 	must_start(s);
-	must_claim(s, "vm1", &f);
-	must_be_empty(s);
-	must_stop(s);
-	files_close(&f);
-	sim_free(s);
+	must_end(s, &f);
 }
 
 static void kill_in_claim(const char *fault, bool *killed, bool patched)
