@@ -99,6 +99,12 @@ static void __attribute__((format(printf, 1, 2))) say(const char *fmt, ...)
 		(void)!write(1, buf, n);
 }
 
+/* Goes on counting over a kexec, from one kernel to the next. */
+static unsigned long long counter(void)
+{
+	return __builtin_ia32_rdtsc();
+}
+
 static void __attribute__((noreturn)) power_off(void)
 {
 	sync();
@@ -692,13 +698,14 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 	}
 	if (*param("damage", "") && next_stage == 2)
 		damage_map(param("damage", ""));
-	say("reboot");
+	say("reboot counter=%llu", counter());
 	reboot(RB_KEXEC);
 	die("reboot");
 }
 
 int main(void)
 {
+	unsigned long long begin = counter();
 	size_t len;
 	int stage, rounds, fd = -1, s;
 	uint64_t seed, t;
@@ -711,7 +718,7 @@ int main(void)
 	mkdir("/lab", 0755);
 	mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
 	kmsg = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
-	say("init");
+	say("init counter=%llu", begin);
 	if (mount("proc", "/proc", "proc", 0, NULL) ||
 	    mount("sysfs", "/sys", "sysfs", 0, NULL) ||
 	    mount("debugfs", "/sys/kernel/debug", "debugfs", 0, NULL) ||

@@ -10,6 +10,7 @@ pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of the
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
 
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
+plain        a kexec that hands nothing over beside the unpatched kernel's, by instructions
 shapes       preserved memory by itself, see bench_memory.py
 goals        the same for what has a goal, patched alone
 custody      the same in khod under systemd, until khod is ready and devices are swapped
@@ -23,7 +24,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
 import subprocess
 import time
 
-from . import bench_custody, bench_device, bench_memory, bench_restore, kernel, stats, timeline
+from . import bench_custody, bench_device, bench_memory, bench_plain, bench_restore, kernel, stats, timeline
 from .common import LabError, PROJECT, cache_dir, run, say
 from .images import full_image
 from .qemu import VM
@@ -97,9 +98,9 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-PARTS = {"restore": bench_restore.main, "shapes": bench_memory.main, "goals": bench_memory.only_goals,
-         "custody": bench_custody.main, "noiommu": bench_device.noiommu, "vtd": bench_device.vtd,
-         "areas": bench_device.areas, "replace": bench_device.replaces}
+PARTS = {"restore": bench_restore.main, "plain": bench_plain.main, "shapes": bench_memory.main,
+         "goals": bench_memory.only_goals, "custody": bench_custody.main, "noiommu": bench_device.noiommu,
+         "vtd": bench_device.vtd, "areas": bench_device.areas, "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
 
 
