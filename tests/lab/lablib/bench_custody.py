@@ -3,9 +3,9 @@
 
 The shapes of bench_memory.py, on the unpatched and the patched kernel, and on the patched one
 with a NIC beside the memory, which is a workload of its own (what devices pay for memory that
-they reach is bench_device.py's). Each kexec has a guest of its own, one at a time. Times are by the
-host's clock, from the request (`systemctl kexec`) on, with the memory preserved before, but for
-`register`, which is khod taking it and preserving it.
+they reach is bench_device.py's). Small shapes one after the other in one guest of each kind, then
+large ones; one guest at a time. Times are by the host's clock, from the request (`systemctl kexec`)
+on, with the memory preserved before, but for `register`, which is khod taking it and preserving it.
 """
 
 import json
@@ -17,6 +17,7 @@ from . import bench_memory, kernel, nic
 from .bench_memory import RESULTS, SHAPES, UNPATCHED_MAX
 from .common import LabError, say
 from .images import full_image
+from .memory import Shape
 from .qemu import VM
 
 TOOLS = "/usr/lib/khod/tests"
@@ -47,45 +48,55 @@ def register(vm, shape) -> dict:
     return {"register": float(uptimes[1]) - float(uptimes[0]), "runs": int(runs[1])}
 
 
-def handover(build, shape, device) -> dict:
-    """One `systemctl kexec` with @shape in khod; times by COLUMNS, and runs."""
+def guest(build, memory, device) -> VM:
+    """A guest for the handovers of one kernel, with a NIC's driver as a workload if @device."""
     devices = {"devices": ["e1000e"], "append": "lab.nic"} if device else {}
-    with VM(build, full_image(), name="bench-custody", cpus=2, memory=bench_memory.guest_memory(shape),
-            prealloc=True, **devices) as vm:
+    return VM(build, full_image(), name="bench-custody", cpus=2, memory=memory, prealloc=True, **devices)
+
+
+def handover(vm, shape, device) -> dict:
+    """One `systemctl kexec` with @shape in khod, which releases it after that; times by COLUMNS, and runs."""
+    if device:
+        nic.wait_running(vm)
+    got = register(vm, shape) if shape.mib else {"runs": 0}
+    vm.load()
+    start, since = len(vm.console.lines), len(vm.journal.lines)
+    vm.mark = start
+    vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
+    # The agent is asked afterwards: it takes part in no boot that is measured.
+    ready = vm.journal.wait(READY, since, time.monotonic() + TIMEOUT, vm.alive)
+    if ready is None:
+        vm.hang(f"khod was not ready after systemctl kexec ({shape})")
+    vm.next_boot("systemctl kexec")
+    if shape.mib and not re.search(r"^bench\b.*\bheld\b", vm.run("khoctl list").out, re.M):
+        raise LabError(f"{shape}: khod lost the memory; see {vm.dir}")
+    at = vm.console.find("lab: kexec requested", start)
+    begin = vm.console.lines[at].when
+    for name, pattern in MARKS:
+        at = vm.console.find(pattern, at)
+        got[name] = vm.console.lines[at].when - begin
+    got["khod ready"] = vm.journal.lines[ready].when - begin
+    if device:
+        got["devices swapped"] = vm.journal.lines[vm.journal.find(SWAPPED, since)].when - begin
+    if shape.mib:
+        vm.run("khoctl release bench", TIMEOUT)
+    return got
+
+
+def measure(kind, build, shapes, end) -> dict:
+    """The handovers of @kind by shape, one after the other in one guest; none begun after @end."""
+    got, device = {}, kind == "with a device"
+    with guest(build, bench_memory.guest_memory(shapes[0]), device) as vm:
         vm.ready()
-        if device:
-            nic.wait_running(vm)
-        got = register(vm, shape) if shape.mib else {"runs": 0}
-        vm.load()
-        start, since = len(vm.console.lines), len(vm.journal.lines)
-        vm.mark = start
-        vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
-        # The agent is asked afterwards: it takes part in no boot that is measured.
-        ready = vm.journal.wait(READY, since, time.monotonic() + TIMEOUT, vm.alive)
-        if ready is None:
-            vm.hang(f"khod was not ready after systemctl kexec ({shape})")
-        vm.next_boot("systemctl kexec")
-        if shape.mib and not re.search(r"^bench\b.*\bheld\b", vm.run("khoctl list").out, re.M):
-            raise LabError(f"{shape}: khod lost the memory; see {vm.dir}")
-        at = vm.console.find("lab: kexec requested", start)
-        begin = vm.console.lines[at].when
-        for name, pattern in MARKS:
-            at = vm.console.find(pattern, at)
-            got[name] = vm.console.lines[at].when - begin
-        got["khod ready"] = vm.journal.lines[ready].when - begin
-        if device:
-            got["devices swapped"] = vm.journal.lines[vm.journal.find(SWAPPED, since)].when - begin
-        return got
-
-
-def measure(shape, builds, kinds) -> dict:
-    """One handover of each of @kinds that can do it."""
-    got = {}
-    for kind in kinds:
-        if kind == "unpatched" and shape.mib > UNPATCHED_MAX[shape.pattern]:
-            continue
-        got[kind] = handover(builds[kind == "unpatched"], shape, kind == "with a device")
-        say(f"{shape}, {kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in got[kind].items() if k != "runs"))
+        handover(vm, Shape(0), device)      # the first kexec of a guest is not like the later ones
+        for shape in shapes:
+            if time.monotonic() > end:
+                break
+            if kind == "unpatched" and shape.mib > UNPATCHED_MAX[shape.pattern]:
+                continue
+            got[str(shape)] = handover(vm, shape, device)
+            say(f"{shape}, {kind}: " + ", ".join(
+                f"{k} {v:.2f}" for k, v in got[str(shape)].items() if k != "runs"))
     return got
 
 
@@ -94,11 +105,15 @@ def main(limit, seconds) -> None:
     builds = (kernel.build("minimal"), kernel.build("minimal", unpatched=True))
     results, start = {}, time.monotonic()
     for n in range(min(limit, ROUNDS)):
-        for shape in SHAPES:
-            if time.monotonic() - start > seconds:
-                break
-            results.setdefault(str(shape), []).append(
-                measure(shape, builds, KINDS if n % 2 == 0 else KINDS[::-1]))
+        for large in (False, True):
+            for kind in KINDS if n % 2 == 0 else KINDS[::-1]:
+                if time.monotonic() - start > seconds:
+                    break
+                shapes = [s for s in SHAPES if bench_memory.is_large(s) == large]
+                for shape, times in measure(kind, builds[kind == "unpatched"], shapes, start + seconds).items():
+                    rounds = results.setdefault(shape, [])
+                    rounds += [{} for _ in range(n + 1 - len(rounds))]
+                    rounds[n][kind] = times
     text = "\n".join(bench_memory.row(s, results[str(s)], KINDS, COLUMNS, ("khod ready",))
                      for s in SHAPES if str(s) in results)
     print(text, flush=True)
