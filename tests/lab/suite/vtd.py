@@ -366,6 +366,16 @@ def a_group_of_which_one_device_is_never_bound_is_quiesced(ctx):
     expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
 
 
+@test(part="vtd", kernels=(("faults", False, ""),))
+def a_group_is_stopped_if_opening_a_bound_device_fails(ctx):
+    """Both lose their translation with it. The other device was never opened, and is stopped before."""
+    run = quiesced(ctx, "functionsfail", machine=MODES["legacy"], second="+e1000e",
+                   kernel=ctx.kernel("faults"), trace=(FAULT,))
+    gone = "01:00.1: liveupdate: the devices of its IOMMU group that were bound are gone"
+    expect(run.vm.console.find(gone) is not None, "the second function was not stopped for this")
+    expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
+
+
 @test(part="vtd")
 def a_device_of_a_group_goes_on_after_the_deadline_of_another(ctx):
     """Nobody comes for either. The first that is stopped does not take the page table away."""

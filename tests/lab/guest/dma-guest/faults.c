@@ -292,41 +292,66 @@ static void undo_replace(void)
 	must(try_attach(old_hwpt), "replace, and back");
 }
 
+/* Where the code of @function is, from @begin to @end. */
+static void find_function(const char *function, unsigned long long *begin, unsigned long long *end)
+{
+	char line[256], name[128];
+	FILE *f = fopen("/proc/kallsyms", "r");
+
+	*begin = 0;
+	while (f && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%llx %*c %127s", end, name) != 2)
+			continue;
+		if (*begin && *end > *begin)
+			break;
+		if (!strcmp(name, function))
+			*begin = *end;
+	}
+	if (f)
+		fclose(f);
+	errno = ENOENT;
+	check(*begin ? 0 : -1, function);
+}
+
+/* Of what @function asks for, and what it calls, nothing fails ("reject"), or nothing else ("require"). */
+static void filter(const char *how, const char *function)
+{
+	unsigned long long at[2];
+
+	find_function(function, &at[0], &at[1]);
+	for (const char *const *dir = (const char *const []) { "failslab", "fail_page_alloc", NULL };
+	     *dir; dir++) {
+		char path[128], text[32];
+
+		snprintf(path, sizeof(path), FAIL "%s/stacktrace-depth", *dir);
+		must(put(path, "32"), path);
+		for (int i = 0; i < 2; i++) {
+			snprintf(path, sizeof(path), FAIL "%s/%s-%s", *dir, how, i ? "end" : "start");
+			snprintf(text, sizeof(text), "%#llx", at[i]);
+			must(put(path, text), path);
+		}
+	}
+}
+
 /*
  * Binding a device switches it on by ACPI, whose interpreter allocates a thousand times and more,
  * none of them on behalf of this series. Its allocations are not counted.
  */
 static void leave_out_acpi(void)
 {
-	unsigned long long begin = 0, at;
-	char line[256], name[128], text[32];
-	FILE *f = fopen("/proc/kallsyms", "r");
+	filter("reject", "acpi_ns_evaluate");
+}
 
-	while (f && fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "%llx %*c %127s", &at, name) != 2)
-			continue;
-		if (begin && at > begin)
-			break;
-		if (!strcmp(name, "acpi_ns_evaluate"))
-			begin = at;
-	}
-	if (f)
-		fclose(f);
-	errno = ENOENT;
-	check(begin ? 0 : -1, "acpi_ns_evaluate");
-	for (const char *const *dir = (const char *const []) { "failslab", "fail_page_alloc", NULL };
-	     *dir; dir++) {
-		char path[128];
+int fail_in(const char *function, int (*op)(void))
+{
+	int ret;
 
-		snprintf(path, sizeof(path), FAIL "%s/stacktrace-depth", *dir);
-		must(put(path, "32"), path);
-		snprintf(path, sizeof(path), FAIL "%s/reject-start", *dir);
-		snprintf(text, sizeof(text), "%#llx", begin);
-		must(put(path, text), path);
-		snprintf(path, sizeof(path), FAIL "%s/reject-end", *dir);
-		snprintf(text, sizeof(text), "%#llx", at);
-		must(put(path, text), path);
-	}
+	enable();
+	filter("require", function);
+	arm(1);
+	ret = op();
+	verdict(disarm(), function, ret);
+	return ret;
 }
 
 /* With all of it bound. */

@@ -94,9 +94,15 @@ static void drive_both(void)
 	driver = &both;
 }
 
+/* Before the first function is bound to a context: their group is VFIO's as a whole or not at all. */
+void functions_prepare(void)
+{
+	if (used())
+		bind_vfio_pci(BDF_SIBLING);
+}
+
 void functions_first(void)
 {
-	bind_vfio_pci(BDF_SIBLING);
 	other.iova = mem_iova + IOVA_SIBLING;
 	other.memfd = new_memfd("sibling", MEM_SIZE);
 	turn();
@@ -241,6 +247,32 @@ void functions_unbound_next(int stage)
 	end_session();
 	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
 	say("%s the second function is stopped", is_master(BDF_SIBLING) ? "FAIL" : "ok");
+	quiesced();
+}
+
+/*
+ * Opening the first function fails when it is bound already, and what is undone then takes the
+ * translation from both. The second one was never opened, and has to be stopped before.
+ */
+void functions_fail_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	retrieve_memories();
+	iommufd = try_retrieve(TOK_IOMMUFD);
+	must(iommufd, "retrieve iommufd");
+	dev = try_retrieve(TOK_DEV);
+	must(dev, "retrieve device");
+	ret = fail_in("vfio_config_init", try_bind);
+	verdict(ret == -ENOMEM, "bind with no memory for it", ret);
+	say("%s the second function is stopped", is_master(BDF_SIBLING) ? "FAIL" : "ok");
+	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
+	close(dev);
+	close(iommufd);
+	close(memfd);
+	close(other.memfd);
+	end_session();
 	quiesced();
 }
 

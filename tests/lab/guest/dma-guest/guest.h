@@ -169,11 +169,13 @@ void preserve_large(void);
 void retrieve_large(void);
 
 /* functions.c: those without a mode's place in their name do nothing in other modes */
+void functions_prepare(void);
 void functions_first(void);
 void functions_left_first(void);
 void functions_last(void);
 void functions_replaced(void);
 void __attribute__((noreturn)) functions_unbound_next(int stage);
+void __attribute__((noreturn)) functions_fail_next(int stage);
 void __attribute__((noreturn)) functions_stopped_next(int stage);
 void functions_lost_next(int stage);
 void functions_deadline_first(void);
@@ -300,6 +302,8 @@ void faults_preserve_first(void);
 void faults_boot_first(void);
 void faults_boot_next(int stage);
 void faults_retrieve_next(int stage);
+/* Do @op with the first allocation failing that @function asks for. Returns what it returned. */
+int fail_in(const char *function, int (*op)(void));
 
 void set_deadline(uint32_t ms);
 void failing_reboot(const char *why, int error);

@@ -62,6 +62,7 @@ void first(bool irq)
 	double t0;
 
 	bind_vfio_pci(BDF);
+	functions_prepare();
 	show_driver();
 	t0 = now();
 	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");

@@ -966,6 +966,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "functionsleft", .first = functions_left_first, .stays = true },
 		{ .name = "functionsunbound", .first = functions_first, .last = functions_last,
 		  .next = functions_unbound_next },
+		{ .name = "functionsfail", .first = functions_first, .last = functions_last,
+		  .next = functions_fail_next },
 		{ .name = "functionsstopped", .first = functions_first, .last = functions_last,
 		  .next = functions_stopped_next },
 		{ .name = "functionsdeadline", .first = functions_deadline_first,
