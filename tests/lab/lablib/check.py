@@ -156,8 +156,9 @@ def unit_tests() -> Outcome:
         run(["meson", "setup", "--reconfigure" if build.exists() else "--buildtype=debugoptimized",
              build, *options], cwd=PROJECT, log=log, what="configuring the build")
         run(["ninja", "-C", build], log=log, what="building for this host")
-        run(["meson", "test", "-C", build, "--no-rebuild", "--print-errorlogs"], log=log,
-            what="the unit tests")
+        # They wait more than they compute.
+        run(["meson", "test", "-C", build, "--no-rebuild", "--print-errorlogs", "--num-processes",
+             str(3 * os.cpu_count())], log=log, what="the unit tests")
         state, text = "ok", ""
     except LabError as e:
         state, text = "FAILED", str(e)
