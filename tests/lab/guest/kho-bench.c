@@ -25,6 +25,7 @@
  *   khobench.seed=N       seed of the contents
  *   khobench.evict=0|1    first fill the movable memory in KHO's scratch areas
  *                         so that preserving has nothing to migrate (default 1)
+ *   khobench.refill=0|1   write to what is free before the pages are looked at (default 1)
  *   khobench.fill=1       use up free memory before the memfd is retrieved, and
  *                         look at the end that nobody wrote to it
  *   khobench.expect=E     ok (default); enomem: preserving must fail with
@@ -288,7 +289,9 @@ static void evict_scratch(void)
 
 	if (!pfn || hog == MAP_FAILED)
 		die("hog");
-	madvise(hog, max, MADV_NOHUGEPAGE);
+	/* In 2 MiB pages as long as there are some at once: page by page it takes minutes under TCG. */
+	spit("/sys/kernel/mm/transparent_hugepage/defrag", "never");
+	madvise(hog, max, MADV_HUGEPAGE);
 	/* The kernel itself can not use scratch: leave it memory outside. */
 	while (used < max && meminfo_kib("CmaFree:") > 16384 &&
 	       meminfo_kib("MemFree:") > meminfo_kib("CmaFree:") + 98304) {
@@ -310,6 +313,7 @@ static void evict_scratch(void)
 		}
 	}
 	free(pfn);
+	spit("/sys/kernel/mm/transparent_hugepage/defrag", "madvise");
 	say("evict cma_free_kib=%lu mem_free_kib=%lu", meminfo_kib("CmaFree:"),
 	    meminfo_kib("MemFree:"));
 }
@@ -793,7 +797,8 @@ int main(void)
 		 */
 		if (filler)
 			check_filler();
-		evict_scratch();
+		if (atoi(param("refill", "1")))
+			evict_scratch();
 		p = map_memfd(arg.fd, len);
 		bad = check_pages(p, len / PAGE, seed);
 		say("verify pages=%zu bad=%zu", len / PAGE, bad);
