@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * workload: one that does nothing but say when it runs and when it was stopped, on the console,
- * where the host stamps it: the two ends of the service gap.
+ * where the host stamps it: the two ends of the service gap. It adds the CPU's counter, which goes
+ * on over a kexec.
  *
  *	workload
  *		MEMORY in the environment says who keeps 1 GiB of memfd for it over a kexec: "khod",
@@ -28,7 +29,7 @@ static void say(const char *what)
 {
 	int fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
 
-	dprintf(fd, "lab: workload %s\n", what);
+	dprintf(fd, "lab: workload %s counter=%llu\n", what, __builtin_ia32_rdtsc());
 	close(fd);
 }
 

@@ -9,6 +9,7 @@ Baseline and measured alternate in one guest, so that both see the same machine;
 pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
 
+gap          the service gap with memory in khod and in systemd's fd store, by instructions
 restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
 plain        a kexec that hands nothing over beside the unpatched kernel's, by instructions
 shapes       preserved memory by itself, see bench_memory.py
@@ -21,6 +22,7 @@ image        the state image of a million areas to bytes and back, beside memcpy
              on this host, without a guest
 """
 
+import re
 import subprocess
 import time
 
@@ -31,6 +33,7 @@ from .qemu import VM
 
 WIDTH = 0.01
 GOAL = 1.02         # over systemd's own fd store, by the worse end of the interval
+COUNTED = 5
 TOOLS = "/usr/lib/khod/tests"
 STARTED = r"lab: workload runs"
 
@@ -98,12 +101,6 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
-PARTS = {"restore": bench_restore.main, "plain": bench_plain.main, "shapes": bench_memory.main,
-         "goals": bench_memory.only_goals, "custody": bench_custody.main, "noiommu": bench_device.noiommu,
-         "vtd": bench_device.vtd, "areas": bench_device.areas, "replace": bench_device.replaces}
-FIGURES = ("image", *PAIRS, *PARTS)
-
-
 def one(vm, setup) -> timeline.Timeline:
     """One kexec with what @setup arranged."""
     setup(vm)
@@ -149,6 +146,32 @@ def measure(name, limit, seconds) -> None:
         print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)))
 
 
+def counted(vm, setup) -> float:
+    """The service gap of one kexec in millions of instructions of a guest whose clock counts them."""
+    drop_memory(vm)
+    one(vm, setup)
+    text = "\n".join(vm.console.lines)
+    stopped, runs = (int(re.findall(rf"{mark} counter=(\d+)", text)[-1])
+                     for mark in (timeline.STOPPED, STARTED))
+    return (runs - stopped) / 1e6
+
+
+def gap(limit, seconds) -> None:
+    """At most @limit pairs (COUNTED), on one CPU: nothing of what khod does is hidden by the other."""
+    text, baseline, measured, goal = PAIRS["memory"]
+    pairs, end = [], time.monotonic() + seconds
+    print(f"\n{text}, by instructions", flush=True)
+    with VM(kernel.build("minimal"), full_image(), name="bench-gap", memory="3G", cpus=1, icount=True,
+            prealloc=True, append="lab.workload") as vm:
+        vm.ready()
+        one(vm, plain)
+        while len(pairs) < min(limit, COUNTED) and time.monotonic() < end:
+            pairs.append((counted(vm, baseline), counted(vm, measured)))
+            print(f"pair {len(pairs)}: {pairs[-1][1]:.0f} M against {pairs[-1][0]:.0f} M", flush=True)
+    ratio = stats.ratio(pairs)
+    print(f"  service gap: {ratio}{verdict(ratio, goal)}")
+
+
 def image() -> None:
     """Build tests/bench/image for release and let it print its figures."""
     build, log = cache_dir() / "bench-build", cache_dir() / "bench-build.log"
@@ -158,6 +181,12 @@ def image() -> None:
     run(["ninja", "-C", build, "tests/bench/image-bench"], log=log, what="building the benchmark")
     print("\nthe state image", flush=True)
     subprocess.run([build / "tests" / "bench" / "image-bench"], check=True)
+
+
+PARTS = {"gap": gap, "restore": bench_restore.main, "plain": bench_plain.main, "shapes": bench_memory.main,
+         "goals": bench_memory.only_goals, "custody": bench_custody.main, "noiommu": bench_device.noiommu,
+         "vtd": bench_device.vtd, "areas": bench_device.areas, "replace": bench_device.replaces}
+FIGURES = ("image", *PAIRS, *PARTS)
 
 
 def verdict(r: stats.Ratio, goal) -> str:
