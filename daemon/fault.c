@@ -55,7 +55,7 @@ void fault_pass(enum fault_point point)
 		return;
 	/* On the console too: a test looks for it to know that the point was reached. */
 	dprintf(STDERR_FILENO, "khod: fault point %s: killing myself\n", points[point].name);
-	kill(getpid(), SIGKILL);
+	(void)raise(SIGKILL);		/* tgkill(): its sandbox has no kill() */
 	for (;;)
 		pause();
 }
