@@ -79,7 +79,7 @@ def handover(vm, shape, device) -> dict:
     if device:
         got["devices swapped"] = vm.journal.lines[vm.journal.find(SWAPPED, since)].when - begin
     if shape.mib:
-        vm.run("khoctl release bench", TIMEOUT)
+        vm.run("khoctl release --of root bench", TIMEOUT)
     return got
 
 
