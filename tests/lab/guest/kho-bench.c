@@ -280,7 +280,7 @@ static int cmp_u64(const void *a, const void *b)
  * which would both cost time and undo the pattern.  Touch memory until scratch
  * is full, keep what lies in it and give the rest back.
  */
-static void evict_scratch(void)
+static void evict_scratch(int huge)
 {
 	size_t chunk = 8UL << 20, n = chunk / PAGE, max = 1UL << 34, used = 0;
 	uint64_t *pfn = malloc(n * sizeof(*pfn));
@@ -290,8 +290,9 @@ static void evict_scratch(void)
 	if (!pfn || hog == MAP_FAILED)
 		die("hog");
 	/* In 2 MiB pages as long as there are some at once: page by page it takes minutes under TCG. */
-	spit("/sys/kernel/mm/transparent_hugepage/defrag", "never");
-	madvise(hog, max, MADV_HUGEPAGE);
+	if (huge)
+		spit("/sys/kernel/mm/transparent_hugepage/defrag", "never");
+	madvise(hog, max, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	/* The kernel itself can not use scratch: leave it memory outside. */
 	while (used < max && meminfo_kib("CmaFree:") > 16384 &&
 	       meminfo_kib("MemFree:") > meminfo_kib("CmaFree:") + 98304) {
@@ -313,7 +314,8 @@ static void evict_scratch(void)
 		}
 	}
 	free(pfn);
-	spit("/sys/kernel/mm/transparent_hugepage/defrag", "madvise");
+	if (huge)
+		spit("/sys/kernel/mm/transparent_hugepage/defrag", "madvise");
 	say("evict cma_free_kib=%lu mem_free_kib=%lu", meminfo_kib("CmaFree:"),
 	    meminfo_kib("MemFree:"));
 }
@@ -749,7 +751,7 @@ int main(void)
 			spit("/sys/kernel/mm/transparent_hugepage/shmem_enabled",
 			     "advise");
 		if (atoi(param("evict", "1")))
-			evict_scratch();
+			evict_scratch(1);
 		if (len)
 			fd = build(len, param("pattern", "contig"), huge, seed, &p);
 		hand_over(fd, p, len, 2);
@@ -769,7 +771,7 @@ int main(void)
 			if (s >= 0)
 				die("a damaged map was accepted");
 			say("refused session=%s", strerror(errno));
-			evict_scratch();
+			evict_scratch(0);
 			say("DONE");
 			power_off();
 		}
@@ -793,12 +795,13 @@ int main(void)
 		close(s);
 		/*
 		 * Fill what is free before looking: a page that was handed out
-		 * by mistake is then overwritten and not merely unused.
+		 * by mistake is then overwritten and not merely unused. Page by
+		 * page: huge ones would leave single pages, such as these, for last.
 		 */
 		if (filler)
 			check_filler();
 		if (atoi(param("refill", "1")))
-			evict_scratch();
+			evict_scratch(0);
 		p = map_memfd(arg.fd, len);
 		bad = check_pages(p, len / PAGE, seed);
 		say("verify pages=%zu bad=%zu", len / PAGE, bad);
