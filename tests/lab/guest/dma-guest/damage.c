@@ -288,8 +288,7 @@ void damage_context_next(int stage)
 	ret = try_retrieve(TOK_IOMMUFD);
 	verdict(ret == -EINVAL, "retrieve the context", ret);
 	say("%s DMA after that", dma_goes_on() ? "ok" : "FAIL no");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_device();
 	iommufd = open("/dev/iommu", O_RDWR);
 	check(iommufd, "/dev/iommu");
 	ret = try_bind();

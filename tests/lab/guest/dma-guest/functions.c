@@ -228,23 +228,27 @@ static void retrieve_memories(void)
 	retrieve_memory();
 }
 
+/* With the session. */
+static void end_memories(void)
+{
+	close(memfd);
+	close(other.memfd);
+	end_session();
+}
+
 /* One function is bound, the other one never: both have to be stopped. */
 void functions_unbound_next(int stage)
 {
 	(void)stage;
 	retrieve_memories();
-	iommufd = try_retrieve(TOK_IOMMUFD);
-	must(iommufd, "retrieve iommufd");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_iommufd();
+	retrieve_device();
 	must(try_bind(), "bind");
 	move_one();
 	say("%s the second function runs", is_master(BDF_SIBLING) ? "ok" : "FAIL");
 	close(dev);
 	close(iommufd);
-	close(memfd);
-	close(other.memfd);
-	end_session();
+	end_memories();
 	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
 	say("%s the second function is stopped", is_master(BDF_SIBLING) ? "FAIL" : "ok");
 	quiesced();
@@ -260,19 +264,15 @@ void functions_fail_next(int stage)
 
 	(void)stage;
 	retrieve_memories();
-	iommufd = try_retrieve(TOK_IOMMUFD);
-	must(iommufd, "retrieve iommufd");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_iommufd();
+	retrieve_device();
 	ret = fail_in("vfio_config_init", try_bind);
 	verdict(ret == -ENOMEM, "bind with no memory for it", ret);
 	say("%s the second function is stopped", is_master(BDF_SIBLING) ? "FAIL" : "ok");
 	say("%s the first function is stopped", is_master(BDF) ? "FAIL" : "ok");
 	close(dev);
 	close(iommufd);
-	close(memfd);
-	close(other.memfd);
-	end_session();
+	end_memories();
 	quiesced();
 }
 
@@ -291,9 +291,7 @@ void functions_stopped_next(int stage)
 	retrieve_memories();
 	not_there(TOK_DEV, BDF);
 	not_there(TOK_DEV2, BDF_SIBLING);
-	close(memfd);
-	close(other.memfd);
-	end_session();
+	end_memories();
 	quiesced();
 }
 
@@ -304,10 +302,8 @@ void functions_lost_next(int stage)
 	map_mem();
 	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
 	not_there(TOK_DEV2, BDF_SIBLING);
-	iommufd = try_retrieve(TOK_IOMMUFD);
-	must(iommufd, "retrieve iommufd");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_iommufd();
+	retrieve_device();
 	must(try_bind(), "bind");
 	make_ioas();
 	must(try_attach(ioas_id), "attach");

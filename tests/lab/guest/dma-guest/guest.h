@@ -242,6 +242,8 @@ void __attribute__((noreturn)) power_off(void);
 
 /* main.c */
 void first(bool irq);
+void retrieve_iommufd(void);
+void retrieve_device(void);
 void run_for(double seconds);
 void run_until_quiet(double quiet);
 void __attribute__((noreturn)) finish_run(void);

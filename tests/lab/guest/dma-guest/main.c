@@ -102,13 +102,13 @@ static void retrieve_memfd(int stage)
 	say("BLACKOUT %d found=%llu", stage, (unsigned long long)driver->take(false));
 }
 
-static void retrieve_iommufd(void)
+void retrieve_iommufd(void)
 {
 	iommufd = try_retrieve(TOK_IOMMUFD);
 	must(iommufd, "retrieve iommufd");
 }
 
-static void retrieve_device(void)
+void retrieve_device(void)
 {
 	dev = try_retrieve(TOK_DEV);
 	must(dev, "retrieve device");

@@ -301,8 +301,7 @@ static void lastclose_next(int stage)
 	retrieve_session("dma");
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_device();
 	close(dev);
 	close(memfd);
 	end_session();
@@ -465,10 +464,8 @@ static void unequal_next(int stage)
 	retrieve_session("dma");
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
-	iommufd = try_retrieve(TOK_IOMMUFD);
-	must(iommufd, "retrieve iommufd");
-	dev = try_retrieve(TOK_DEV);
-	must(dev, "retrieve device");
+	retrieve_iommufd();
+	retrieve_device();
 	must(try_bind(), "bind");
 	d.id = find_frozen();
 
