@@ -101,6 +101,7 @@ PAIRS = {
     "workloads-64": ("64 MiB in khod as 64 workloads / as one", workloads(1), workloads(64), None),
 }
 
+
 def one(vm, setup) -> timeline.Timeline:
     """One kexec with what @setup arranged."""
     setup(vm)
@@ -141,7 +142,7 @@ def measure(name, limit, seconds) -> None:
                 break
     for k, r in ratios.items():
         means = [sum(x) / len(x) for x in zip(*got[k])]
-        print(f"  {k:12} {means[1]:7.3f} s against {means[0]:7.3f} s: {r}{verdict(r, goal)}")
+        print(f"  {k:12} {means[1]:7.3f} s against {means[0]:7.3f} s: {r}{stats.verdict(r, goal)}")
     for kind, rows in phases.items():
         print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)))
 
@@ -165,11 +166,13 @@ def gap(limit, seconds) -> None:
             prealloc=True, append="lab.workload") as vm:
         vm.ready()
         one(vm, plain)
-        while len(pairs) < min(limit, COUNTED) and time.monotonic() < end:
+        for _ in range(min(limit, COUNTED)):
             pairs.append((counted(vm, baseline), counted(vm, measured)))
             print(f"pair {len(pairs)}: {pairs[-1][1]:.0f} M against {pairs[-1][0]:.0f} M", flush=True)
+            if time.monotonic() > end:
+                break
     ratio = stats.ratio(pairs)
-    print(f"  service gap: {ratio}{verdict(ratio, goal)}")
+    print(f"  service gap: {ratio}{stats.verdict(ratio, goal)}")
 
 
 def image() -> None:
@@ -187,12 +190,6 @@ PARTS = {"gap": gap, "restore": bench_restore.main, "plain": bench_plain.main, "
          "goals": bench_memory.only_goals, "custody": bench_custody.main, "noiommu": bench_device.noiommu,
          "vtd": bench_device.vtd, "areas": bench_device.areas, "replace": bench_device.replaces}
 FIGURES = ("image", *PAIRS, *PARTS)
-
-
-def verdict(r: stats.Ratio, goal) -> str:
-    if not goal:
-        return ""
-    return f"; goal at most {goal:g}: " + ("met" if r.high <= goal else "missed")
 
 
 def mean_phases(rows):

@@ -54,3 +54,10 @@ def ratio(pairs) -> Ratio:
     """
     m = mean([math.log(m / b) for b, m in pairs])
     return Ratio(math.exp(m.value), math.exp(m.low), math.exp(m.high), m.rounds)
+
+
+def verdict(r: Ratio, goal) -> str:
+    """What to say after @r, by its worse end; nothing without a goal."""
+    if not goal:
+        return ""
+    return f"; goal at most {goal:g}: " + ("met" if r.high <= goal else "missed")
