@@ -5,52 +5,131 @@
  * What a client sends can be anything, and the last close of it can take any time: of a
  * socket that lingers, of a file in a file system that another process of the client's is,
  * of a memfd of many GiB. The event loop must not wait for that: all other clients, and the
- * watchdog, would wait with it.
+ * watchdog, would wait with it. Nor must other users: each has a few of the threads at most,
+ * and is told how many of its descriptors are still waited for, which the server limits.
  */
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "closer.h"
 
-/* More than that are closed one after the other. */
 #define MAX_THREADS 64
+#define MAX_THREADS_UID 8
 #define STACK_SIZE (64 * 1024)
+/* Packets that may wait in a connection; systemd lets 512 (net.unix.max_dgram_qlen). */
+#define MAX_PACKETS 600
+
+struct owner {
+	struct owner *next;
+	uid_t uid;
+	size_t pending;			/* descriptors; 0: there is nothing of it */
+	unsigned int threads;
+};
 
 struct batch {
 	struct batch *next;
+	struct owner *owner;
+	bool socket;
 	size_t n;
 	int fds[];
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct batch *queue, **queue_tail = &queue;
+static struct owner *owners;
+static size_t pending_all;
 static unsigned int n_threads;
 
-static struct batch *next_batch(void)
+/* @lock is held. */
+static struct owner *owner_get(uid_t uid)
 {
-	struct batch *b;
+	struct owner *o;
+
+	for (o = owners; o; o = o->next)
+		if (o->uid == uid)
+			return o;
+	o = calloc(1, sizeof(*o));
+	if (!o)
+		return NULL;
+	o->uid = uid;
+	o->next = owners;
+	return owners = o;
+}
+
+/* @lock is held. */
+static void owner_put(struct owner *owner, size_t n)
+{
+	owner->pending -= n;
+	pending_all -= n;
+	if (owner->pending > 0)
+		return;
+	for (struct owner **p = &owners; *p; p = &(*p)->next)
+		if (*p == owner) {
+			*p = owner->next;
+			break;
+		}
+	free(owner);
+}
+
+/* A descriptor in it is closed by the kernel as the packet is read, in the time of who reads. */
+static void end_connection(int fd)
+{
+	(void)shutdown(fd, SHUT_RD);
+	/* An empty packet looks like the end, and there may be one. */
+	for (int i = 0; i < MAX_PACKETS; i++) {
+		char byte;
+
+		if (recv(fd, &byte, sizeof(byte), MSG_DONTWAIT) < 0)
+			break;
+	}
+	close(fd);
+}
+
+static void close_all(const struct batch *b)
+{
+	for (size_t i = 0; i < b->n; i++)
+		if (b->socket)
+			end_connection(b->fds[i]);
+		else
+			close(b->fds[i]);
+}
+
+/* After @done, of which the owner has a thread no more. */
+static struct batch *next_batch(struct batch *done)
+{
+	struct batch *b, **p;
 
 	pthread_mutex_lock(&lock);
-	b = queue;
-	if (!b)
+	if (done) {
+		done->owner->threads--;
+		owner_put(done->owner, done->n);
+	}
+	for (p = &queue; (b = *p); p = &b->next)
+		if (b->owner->threads < MAX_THREADS_UID)
+			break;
+	if (b) {
+		b->owner->threads++;
+		*p = b->next;
+		if (!b->next)
+			queue_tail = p;
+	} else {
 		n_threads--;
-	else if (!(queue = b->next))
-		queue_tail = &queue;
+	}
 	pthread_mutex_unlock(&lock);
+	free(done);
 	return b;
 }
 
 static void *run(void *unused)
 {
-	struct batch *b;
+	struct batch *b = NULL;
 
-	while ((b = next_batch())) {
-		for (size_t i = 0; i < b->n; i++)
-			close(b->fds[i]);
-		free(b);
-	}
+	while ((b = next_batch(b)))
+		close_all(b);
 	return NULL;
 }
 
@@ -70,30 +149,75 @@ static int start_thread(void)
 	return r;
 }
 
-void closer_add(const int *fds, size_t n)
+static void add(uid_t uid, const int *fds, size_t n, bool socket)
 {
+	bool start, alone = false;
+	struct owner *owner;
 	struct batch *b;
-	bool start;
 
 	if (n == 0)
 		return;
-	b = malloc(sizeof(*b) + n * sizeof(*fds));
-	if (!b) {
+	b = calloc(1, sizeof(*b) + n * sizeof(*fds));
+	pthread_mutex_lock(&lock);
+	owner = b ? owner_get(uid) : NULL;
+	if (!owner) {
+		pthread_mutex_unlock(&lock);
+		free(b);
 		while (n > 0)
 			close(fds[--n]);
 		return;
 	}
-	b->next = NULL;
+	b->owner = owner;
+	b->socket = socket;
 	b->n = n;
 	memcpy(b->fds, fds, n * sizeof(*fds));
-
-	pthread_mutex_lock(&lock);
+	owner->pending += n;
+	pending_all += n;
 	*queue_tail = b;
 	queue_tail = &b->next;
-	start = n_threads < MAX_THREADS;
+	start = n_threads < MAX_THREADS && owner->threads < MAX_THREADS_UID;
 	n_threads += start;
 	pthread_mutex_unlock(&lock);
+
+	if (!start || start_thread() == 0)
+		return;
 	/* Without a thread of its own it is closed by another one, or here. */
-	if (start && start_thread() < 0)
+	pthread_mutex_lock(&lock);
+	alone = n_threads == 1;
+	n_threads -= !alone;
+	pthread_mutex_unlock(&lock);
+	if (alone)
 		run(NULL);
+}
+
+void closer_add(uid_t uid, const int *fds, size_t n)
+{
+	add(uid, fds, n, false);
+}
+
+void closer_add_socket(uid_t uid, int fd)
+{
+	add(uid, &fd, 1, true);
+}
+
+size_t closer_pending(uid_t uid)
+{
+	size_t n = 0;
+
+	pthread_mutex_lock(&lock);
+	for (const struct owner *o = owners; o; o = o->next)
+		if (o->uid == uid)
+			n = o->pending;
+	pthread_mutex_unlock(&lock);
+	return n;
+}
+
+size_t closer_pending_all(void)
+{
+	size_t n;
+
+	pthread_mutex_lock(&lock);
+	n = pending_all;
+	pthread_mutex_unlock(&lock);
+	return n;
 }

@@ -20,6 +20,9 @@
 #define MAX_WORKLOADS_ROOT 1024
 #define MAX_FILES_UID 1024
 #define MAX_FILES_ROOT 16384
+/* Descriptors of a user that are still being closed (closer.h): it is not heard with more. */
+#define MAX_CLOSING_UID 2048
+#define MAX_CLOSING 32768	/* of all users: half of khod's, see LimitNOFILE= */
 /*
  * Memory in custody cannot be swapped, and is charged to nobody's cgroup: as large a part of
  * the machine's as a user's runtime directory may take (RuntimeDirectorySize= of logind).

@@ -70,11 +70,11 @@ struct connection {
 	unsigned int deadline;	/* the one that the timer is set to, in seconds */
 };
 
-static void pending_free(struct pending *p)
+static void pending_free(uid_t uid, struct pending *p)
 {
 	if (!p)
 		return;
-	closer_add(p->fds, p->n);
+	closer_add(uid, p->fds, p->n);
 	for (size_t i = 0; i < p->n; i++)
 		free(p->names[i]);
 	explicit_bzero(p->secret, sizeof(p->secret));
@@ -105,27 +105,6 @@ static void claim_abandon(struct connection *c)
 	deadline_update(c->k);
 }
 
-/*
- * Unread input would make close() reset the connection, and lose our last words; and the
- * kernel would close the descriptors in it, in our time.
- */
-static void drain(struct connection *c)
-{
-	static uint8_t buf[KHO_WIRE_PACKET_MAX];
-
-	(void)shutdown(c->fd, SHUT_RD);
-	/* An empty packet looks like the end, and there may be one; systemd lets 512 wait. */
-	for (int i = 0; i < 600; i++) {
-		int fds[KHO_WIRE_FDS_MAX];
-		size_t n_fds;
-		ssize_t n = kho_wire_recv(c->k->kho, c->fd, buf, fds, &n_fds);
-
-		if (n < 0 && n != -EMFILE && n != -EMSGSIZE)
-			break;
-		closer_add(fds, n_fds);
-	}
-}
-
 static void connection_free(struct connection *c)
 {
 	struct khod *k = c->k;
@@ -144,7 +123,7 @@ static void connection_free(struct connection *c)
 		if (w->client == c)
 			handover_client_gone(k, w);
 	}
-	pending_free(c->pending);
+	pending_free(c->who.uid, c->pending);
 	while (c->queue) {
 		struct packet *p = c->queue;
 
@@ -153,8 +132,7 @@ static void connection_free(struct connection *c)
 	}
 	sd_event_source_disable_unref(c->io);
 	sd_event_source_disable_unref(c->timer);
-	drain(c);
-	kho_close(k->kho, c->fd);
+	closer_add_socket(c->who.uid, c->fd);
 	if (c->pidfd >= 0)
 		close(c->pidfd);
 	free(c);
@@ -456,7 +434,7 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		r = reply(c, serial, &a, NULL, 0);
 		FAULT(REGISTER_ANSWERED);
 	}
-	pending_free(c->pending);
+	pending_free(c->who.uid, c->pending);
 	c->pending = NULL;
 	return r;
 }
@@ -1081,6 +1059,12 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 		size_t n_fds = 0;
 		ssize_t n;
 
+		if (closer_pending(c->who.uid) > MAX_CLOSING_UID) {
+			r = garbage(c, 0, EDQUOT,
+				    "too many of the descriptors that this user has sent are still being closed");
+			gone = r < 0;
+			break;
+		}
 		n = kho_wire_recv(k->kho, c->fd, buf, fds, &n_fds);
 		if (n == -EAGAIN)
 			break;
@@ -1090,6 +1074,7 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 		} else if (n == -EMSGSIZE) {
 			r = garbage(c, 0, EMSGSIZE, "a packet that is too large");
 		} else if (n <= 0) {
+			closer_add(c->who.uid, fds, n_fds);
 			gone = true;
 			break;
 		} else {
@@ -1098,7 +1083,7 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 				garbage(c, 0, EBADMSG, "a packet that is not a message");
 			kho_wire_request_free(q);
 		}
-		closer_add(fds, n_fds);
+		closer_add(c->who.uid, fds, n_fds);
 		gone = r < 0;
 	}
 	if (c->closing && !c->queue)
@@ -1144,13 +1129,13 @@ static int peer_unit(int fd, pid_t pid, char *unit, size_t size)
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &len) < 0)
 		pidfd = -1;
 	if (sd_pid_get_unit(pid, &name) >= 0 && strlen(name) < size &&
-	    (pidfd < 0 || pidfd_send_signal(pidfd, 0, NULL, 0) == 0 || errno == EPERM))
+	    pidfd >= 0 && (pidfd_send_signal(pidfd, 0, NULL, 0) == 0 || errno == EPERM))
 		strcpy(unit, name);
 	return pidfd;
 }
 
 /* Too early for a connection object: one packet, if it fits, and goodbye. */
-static void turn_away(struct khod *k, int fd, const char *reason)
+static void turn_away(struct khod *k, uid_t uid, int fd, const char *reason)
 {
 	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
 	Kho__Control__Error e = KHO__CONTROL__ERROR__INIT;
@@ -1168,7 +1153,8 @@ static void turn_away(struct khod *k, int fd, const char *reason)
 
 		(void)kho_wire_send(k->kho, fd, buf, size, NULL, 0);
 	}
-	close(fd);
+	/* It may have sent something already. */
+	closer_add_socket(uid, fd);
 }
 
 /* Why a user may not have another connection; NULL: it may. */
@@ -1195,7 +1181,12 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 	const char *why;
 	int fd, r;
 
-	fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (closer_pending_all() > MAX_CLOSING) {
+		fd = -1;
+		errno = EMFILE;
+	} else {
+		fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	}
 	if (fd < 0) {
 		if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR) {
 			log_limited(NULL, "Cannot accept a client: %s.", strerror(errno));
@@ -1210,13 +1201,13 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 	}
 	why = too_many(k, cred.uid);
 	if (why) {
-		turn_away(k, fd, why);
+		turn_away(k, cred.uid, fd, why);
 		return 0;
 	}
 
 	c = calloc(1, sizeof(*c));
 	if (!c) {
-		close(fd);
+		closer_add_socket(cred.uid, fd);
 		return 0;
 	}
 	c->k = k;

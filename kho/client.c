@@ -144,8 +144,10 @@ static int recv_any(struct kho_client *c, Kho__Control__Reply **ret, int *fds, s
 	/* The kernel reports a reset once, before what khod still said. */
 	if (n == -ECONNRESET)
 		n = kho_wire_recv(c->kho, c->sock, c->buf, fds, n_fds);
-	if (n <= 0)
+	if (n <= 0) {
+		close_fds(c->kho, fds, *n_fds);
 		return transport(c, (int)n, "no answer", err);
+	}
 	*ret = kho_wire_reply_unpack(c->buf, n);
 	if (!*ret) {
 		close_fds(c->kho, fds, *n_fds);

@@ -55,7 +55,6 @@ ssize_t kho_wire_recv(struct kho *kho, int sock, void *buf, int fds[KHO_WIRE_FDS
 		.msg_control = control.buf,
 		.msg_controllen = sizeof(control.buf),
 	};
-	size_t got = 0;
 	ssize_t n;
 
 	*n_fds = 0;
@@ -75,21 +74,16 @@ ssize_t kho_wire_recv(struct kho *kho, int sock, void *buf, int fds[KHO_WIRE_FDS
 			int fd;
 
 			memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-			if (got < KHO_WIRE_FDS_MAX) {
-				fds[got++] = fd;
-			} else {
+			/* SCM_MAX_FD is the same number: more cannot come. */
+			if (*n_fds < KHO_WIRE_FDS_MAX)
+				fds[(*n_fds)++] = fd;
+			else
 				kho_close(kho, fd);
-				msg.msg_flags |= MSG_CTRUNC;
-			}
 		}
 	}
 	/* A packet may bring descriptors and no byte; to the caller it is the end. */
-	if (n == 0 || (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))) {
-		while (got > 0)
-			kho_close(kho, fds[--got]);
-		return n == 0 ? 0 : msg.msg_flags & MSG_CTRUNC ? -EMFILE : -EMSGSIZE;
-	}
-	*n_fds = got;
+	if (n > 0 && (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)))
+		return msg.msg_flags & MSG_CTRUNC ? -EMFILE : -EMSGSIZE;
 	return n;
 }
 

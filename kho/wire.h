@@ -27,10 +27,10 @@ int kho_wire_send(struct kho *kho, int sock, const void *buf, size_t size, const
 /**
  * kho_wire_recv() - receive one packet
  * @buf: KHO_WIRE_PACKET_MAX bytes
- * @fds: KHO_WIRE_FDS_MAX of them; on success the caller owns the first @n_fds
+ * @fds: KHO_WIRE_FDS_MAX of them; the caller owns the first @n_fds, whatever is returned, as only
+ *	it knows whether it can wait for them to be closed
  *
- * A packet or a set of descriptors that was truncated is an error (-EMSGSIZE, -EMFILE),
- * and every descriptor that came with it is closed.
+ * A packet or a set of descriptors that was truncated is an error (-EMSGSIZE, -EMFILE).
  * Return: bytes, 0 when the peer has gone, -EAGAIN, -errno.
  */
 ssize_t kho_wire_recv(struct kho *kho, int sock, void *buf, int fds[KHO_WIRE_FDS_MAX],
