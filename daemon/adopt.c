@@ -1197,9 +1197,7 @@ void adopt_rest_later(struct khod *k)
 	/* Not for the first time in this kernel: the machine may have started long ago. */
 	r = ready == 0 || due <= boottime_usec() ? -ETIME :
 	    sd_event_add_time(k->event, &k->rest, CLOCK_BOOTTIME, due, 0, on_rest, k);
-	if (r >= 0)
-		(void)sd_event_source_set_priority(k->rest, SD_EVENT_PRIORITY_IDLE);
-	else
+	if (r < 0)
 		adopt_rest(k);
 }
 

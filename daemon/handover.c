@@ -133,11 +133,20 @@ static void not_ready(struct khod *k, struct workload *w, int r, const char *rea
 	finish(k, r, name, reason);
 }
 
+/*
+ * An answer that is here in time counts, even if khod had no time to read it: what has been waiting when
+ * the time is up is heard before the time is up for a second time. (Not by a low priority, with which
+ * a client that always has something to say could put it off for ever.)
+ */
 static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 {
 	struct khod *k = userdata;
 	uint64_t now = monotonic_usec();
 
+	if (!k->handover.overdue) {
+		k->handover.overdue = true;
+		return sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
+	}
 	for (struct workload *w = k->workloads; k->handover.asking && w; w = w->next)
 		if (w->prepare == PREPARE_ASKED && w->deadline <= now)
 			not_ready(k, w, -ECANCELED, "its client did not answer in time");
@@ -148,7 +157,7 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 void handover_step(struct khod *k)
 {
 	struct handover *h = &k->handover;
-	uint64_t next = UINT64_MAX;
+	uint64_t next = UINT64_MAX, set = 0;
 	int r;
 
 	if (!h->asking)
@@ -160,13 +169,12 @@ void handover_step(struct khod *k)
 		finish(k, 0, NULL, NULL);
 		return;
 	}
-	if (h->timer) {
-		r = sd_event_source_set_time(h->timer, next);
-	} else {
-		r = sd_event_add_time(k->event, &h->timer, CLOCK_MONOTONIC, next, 0, on_deadline, k);
-		/* An answer that is here in time counts, even if khod had no time to read it. */
-		if (r >= 0)
-			(void)sd_event_source_set_priority(h->timer, SD_EVENT_PRIORITY_IDLE);
+	r = h->timer ? sd_event_source_get_time(h->timer, &set) :
+		       sd_event_add_time(k->event, &h->timer, CLOCK_MONOTONIC, next, 0, on_deadline, k);
+	/* Who is only busy does not put it off. */
+	if (set != next) {
+		h->overdue = false;
+		r = r < 0 ? r : sd_event_source_set_time(h->timer, next);
 	}
 	if (r >= 0)
 		r = sd_event_source_set_enabled(h->timer, SD_EVENT_ONESHOT);

@@ -150,6 +150,7 @@ struct handover {
 	uint64_t number;
 	bool asking;
 	bool force;
+	bool overdue;		/* the time is up: who has answered is heard once more */
 	handover_done_t done;
 	void *userdata;
 	sd_event_source *timer;

@@ -506,6 +506,26 @@ static int preserve_file(struct khod *k, struct workload *w, const struct kho_im
 	return r;
 }
 
+/*
+ * A memfd as large as it was when its user's quota was looked at. Its client can change that until it
+ * is preserved, so it is looked at before, as the kernel fills its holes then, and after.
+ */
+static int same_size(struct khod *k, const struct kho_image_file *f, int fd, struct kho_error **err)
+{
+	struct stat st;
+	int r;
+
+	if (f->kind != KHO_FILE_MEMFD)
+		return 0;
+	r = kho_op(k->kho, fstat, fd, &st);
+	if (r < 0)
+		return kho_error_new(err, r, f->name, "cannot be examined: %s", strerror(-r));
+	if ((uint64_t)st.st_size == f->size)
+		return 0;
+	return kho_error_new(err, ESTALE, f->name, "has %" PRIu64 " bytes now, and had %" PRIu64 " when it was registered",
+			     (uint64_t)st.st_size, f->size);
+}
+
 static int preserve_one(struct khod *k, struct workload *w, const struct kho_image_file *f, int fd,
 			bool again, struct kho_error **err)
 {
@@ -518,9 +538,12 @@ static int preserve_one(struct khod *k, struct workload *w, const struct kho_ima
 	}
 	khod_busy(k, f->size);
 	r = f->kind == KHO_FILE_VFIO ?
-		    set_liveupdate(k, fd, kho_image_may_lose_irq(w->image), err) : 0;
+		    set_liveupdate(k, fd, kho_image_may_lose_irq(w->image), err) :
+		    same_size(k, f, fd, err);
 	if (r >= 0)
 		r = preserve_file(k, w, f, fd, err);
+	if (r >= 0)
+		r = same_size(k, f, fd, err);
 	if (r < 0) {
 		if (r == -EOPNOTSUPP && f->kind == KHO_FILE_VFIO && !again)
 			explain_irq(k, w, f, fd, err);

@@ -343,6 +343,75 @@ Test(handover, who_stalls_is_not_waited_for)
 	must_go_on(&a, &b);
 }
 
+static int send_to(int sock, Kho__Control__Request *q)
+{
+	uint8_t buf[256];
+	size_t n = kho__control__request__pack(q, buf);
+
+	return send(sock, buf, n, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+/* More requests than khod can answer, over as many connections, and each answer is read. */
+static void *keep_busy(void *stop)
+{
+	static Kho__Control__Status status = KHO__CONTROL__STATUS__INIT;
+	static Kho__Control__Hello hello = KHO__CONTROL__HELLO__INIT;
+	Kho__Control__Request greet = KHO__CONTROL__REQUEST__INIT, ask = KHO__CONTROL__REQUEST__INIT;
+	static __thread uint8_t buf[4096];
+	int socks[16];
+
+	hello.min_version = hello.max_version = 1;
+	greet.body_case = KHO__CONTROL__REQUEST__BODY_HELLO;
+	greet.hello = &hello;
+	ask.body_case = KHO__CONTROL__REQUEST__BODY_STATUS;
+	ask.status = &status;
+	for (size_t i = 0; i < 16; i++) {
+		socks[i] = kho_ops_kernel()->connect(NULL, sim_socket(sim), 20000);
+		cr_assert(socks[i] >= 0 && send_to(socks[i], &greet) == 0);
+	}
+	while (!*(volatile bool *)stop)
+		for (size_t i = 0; i < 16; i++) {
+			while (send_to(socks[i], &ask) == 0)
+				;
+			while (recv(socks[i], buf, sizeof(buf), MSG_DONTWAIT) > 0)
+				;
+		}
+	for (size_t i = 0; i < 16; i++)
+		close(socks[i]);
+	return NULL;
+}
+
+/* Clients that always have something to say: the time of others runs out all the same. */
+Test(handover, who_keeps_khod_busy_puts_no_deadline_off)
+{
+	struct kho_policy brief = { .keep = KHO_KEEP_LEASE, .prepare_msec = 300 };
+	struct timespec begin, end;
+	struct client a, b;
+	struct kho_event ev;
+	struct operator o = {};
+	pthread_t busy[2];
+	bool stop = false;
+
+	two(&a, &b, &brief);
+	for (size_t i = 0; i < 2; i++)
+		cr_assert(pthread_create(&busy[i], NULL, keep_busy, &stop) == 0);
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	preserve(&o);
+	must_be_ready(&a);
+	wait_for(&o);
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	stop = true;
+	for (size_t i = 0; i < 2; i++)
+		cr_assert(pthread_join(busy[i], NULL) == 0);
+	cr_assert(o.r == -ECANCELED && strstr(o.text, "vm-b: its client did not answer in time"), "%s",
+		  o.text);
+	cr_assert(end.tv_sec - begin.tv_sec < 15, "%ld s", (long)(end.tv_sec - begin.tv_sec));
+	must_event(&b, KHO_EVENT_PREPARE, &ev);
+	must_event(&b, KHO_EVENT_ABORTED, &ev);
+	must_event(&a, KHO_EVENT_ABORTED, &ev);
+	must_go_on(&a, &b);
+}
+
 Test(handover, who_dies_before_it_is_ready_refuses_or_is_left_behind)
 {
 	struct kho_policy best = { .keep = KHO_KEEP_LEASE, .survival = KHO_SURVIVAL_BEST_EFFORT };
@@ -482,6 +551,41 @@ Test(handover, abort_breaks_it_off)
 	must_event(&a, KHO_EVENT_ABORTED, &ev);
 	must_event(&b, KHO_EVENT_PREPARE, &ev);
 	must_event(&b, KHO_EVENT_ABORTED, &ev);
+	must_go_on(&a, &b);
+}
+
+/* Memory that grows once its user's quota has been looked at is not preserved before it is as it was. */
+Test(handover, memory_of_another_size_is_a_refusal)
+{
+	struct kho_error *err = NULL;
+	struct operator o = {};
+	struct client a, b;
+	struct kho_event ev;
+
+	two(&a, &b, &lease);
+	preserve(&o);
+	must_be_ready(&a);
+	must_be_ready(&b);
+	wait_for(&o);
+	cr_assert(ftruncate(a.memfd, SIZE * 4) == 0);
+	abort_it();
+	must_event(&a, KHO_EVENT_ABORTED, &ev);
+	must_event(&b, KHO_EVENT_ABORTED, &ev);
+
+	preserve(&o);
+	must_event(&a, KHO_EVENT_PREPARE, &ev);
+	cr_assert(kho_client_ready(a.k, &ev, &err) == -ESTALE &&
+		  strcmp(kho_error_object(err), "memory") == 0 &&
+		  strstr(kho_error_message(err), "has 262144 bytes now, and had 65536"), "%s",
+		  kho_error_message(err));
+	err = kho_error_free(err);
+	wait_for(&o);
+	cr_assert(o.r < 0 && strstr(o.text, "vm-a"), "%d %s", o.r, o.text);
+	must_event(&a, KHO_EVENT_ABORTED, &ev);
+	must_event(&b, KHO_EVENT_PREPARE, &ev);
+	must_event(&b, KHO_EVENT_ABORTED, &ev);
+
+	cr_assert(ftruncate(a.memfd, SIZE) == 0);
 	must_go_on(&a, &b);
 }
 
