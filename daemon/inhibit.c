@@ -240,7 +240,7 @@ static int on_masked(sd_bus_message *m, void *userdata, sd_bus_error *error)
 
 	k->inhibit.mask = sd_bus_slot_unref(k->inhibit.mask);
 	if (e)
-		log_event(LOG_ERR, NULL, NULL,
+		log_event(LOG_CRIT, MSG_KEXEC_NOT_REFUSED, NULL,
 			  "The kexec cannot be refused any more, and what is not ready is lost: %s.",
 			  e->message ? e->message : e->name);
 	else
@@ -263,7 +263,7 @@ static void refuse(struct khod *k)
 				     on_masked, k, "asbb", 1, TARGET, true, false);
 	if (r >= 0)
 		return;
-	log_event(LOG_ERR, NULL, NULL,
+	log_event(LOG_CRIT, MSG_KEXEC_NOT_REFUSED, NULL,
 		  "The kexec cannot be refused any more, and what is not ready is lost: %s.", strerror(-r));
 	lock_drop(k, &k->inhibit.delay);
 }

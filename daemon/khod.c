@@ -313,7 +313,7 @@ out:
 	if (status != EXIT_SUCCESS) {
 		char *text = kho_error_format(err, r);
 
-		log_event(LOG_ERR, NULL, NULL, "Cannot go on: %s.", text ? text : strerror(-r));
+		log_event(LOG_ERR, MSG_STOPPED, NULL, "Cannot go on: %s.", text ? text : strerror(-r));
 		free(text);
 	}
 	kho_error_free(err);

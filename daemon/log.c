@@ -23,6 +23,9 @@ static void emit(int priority, const char *id, const char *workload, const char 
 	else if (id)
 		sd_journal_send("MESSAGE=%s", text, "PRIORITY=%i", priority, "MESSAGE_ID=%s", id,
 				NULL);
+	else if (workload)
+		sd_journal_send("MESSAGE=%s", text, "PRIORITY=%i", priority, "KHO_WORKLOAD=%s",
+				workload, NULL);
 	else
 		sd_journal_send("MESSAGE=%s", text, "PRIORITY=%i", priority, NULL);
 }

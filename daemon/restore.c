@@ -325,7 +325,7 @@ static void undo(struct restore *s)
 		if (r >= 0)
 			continue;
 		text = kho_error_format(e, r);
-		log_event(LOG_ERR, NULL, kho_image_name(s->image),
+		log_event(LOG_ERR, MSG_LEFT_OVER, kho_image_name(s->image),
 			  "Not all of the restore of %s can be undone: %s.", kho_image_name(s->image),
 			  text ? text : strerror(-r));
 	}
@@ -344,7 +344,7 @@ static void commit(struct restore *s)
 		if (r >= 0)
 			continue;
 		text = kho_error_format(e, r);
-		log_event(LOG_ERR, NULL, kho_image_name(s->image),
+		log_event(LOG_ERR, MSG_LEFT_OVER, kho_image_name(s->image),
 			  "%s is restored, but a page table of the previous kernel is left over: %s.",
 			  kho_image_name(s->image), text ? text : strerror(-r));
 	}

@@ -2,6 +2,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "khoctl.h"
@@ -92,6 +94,51 @@ fail:
 	return EXIT_EXEC;
 }
 
+/* Can it be run? Return: 0 or -errno. */
+static int program(const char *path)
+{
+	struct stat st;
+
+	if (access(path, X_OK) < 0 || stat(path, &st) < 0)
+		return -errno;
+	return S_ISREG(st.st_mode) ? 0 : -EACCES;
+}
+
+/* As execvp() will look for it, when it is too late. Return: 0 or -errno. */
+static int find_command(const char *cmd)
+{
+	const char *dirs = getenv("PATH"), *end;
+
+	if (strchr(cmd, '/'))
+		return program(cmd);
+	for (dirs = dirs ? dirs : "/bin:/usr/bin"; ; dirs = end + 1) {
+		char path[PATH_MAX];
+		int n;
+
+		end = dirs + strcspn(dirs, ":");
+		n = snprintf(path, sizeof(path), "%.*s/%s", (int)(end - dirs), end > dirs ? dirs : ".", cmd);
+		if (n > 0 && (size_t)n < sizeof(path) && program(path) == 0)
+			return 0;
+		if (!*end)
+			return -ENOENT;
+	}
+}
+
+/* Said to who gets it, whatever becomes of it then. */
+static void tell_outcome(const struct kho_claim *claim, const char *name, bool of)
+{
+	if (of || kho_claim_uid(claim) != geteuid())
+		fprintf(stderr, "khoctl: %s is of uid %" PRIu32 "%s%s\n", name, kho_claim_uid(claim),
+			kho_claim_unit(claim)[0] ? ", unit " : "", kho_claim_unit(claim));
+	if (kho_claim_outcome(claim) == KHO_OUTCOME_QUIESCED)
+		fprintf(stderr, "khoctl: the devices of %s have been stopped: %s\n", name,
+			kho_claim_reason(claim));
+	for (size_t i = 0; i < kho_claim_n_files(claim); i++)
+		if (kho_claim_may_have_lost_irq(claim, i))
+			fprintf(stderr, "khoctl: %s may have lost interrupts in a handover\n",
+				kho_claim_name(claim, i));
+}
+
 static int run(struct khoctl *ctl, int argc, char **argv)
 {
 	static const struct option options[] = {
@@ -106,12 +153,15 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	struct kho_client *client = NULL;
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
-	bool keep = false, discard = false, of = false;
+	bool keep = false, discard = false, of = false, command = false;
 	uint32_t uid = 0;
 	size_t secret_size = 0, index = 0, n;
 	void *secret = NULL;
 	int c, r;
 
+	/* A second NAME is no command. */
+	for (int i = 1; i < argc; i++)
+		command |= strcmp(argv[i], "--") == 0;
 	/* No '+': options may follow NAME, but "--" ends them. */
 	while ((c = getopt_long(argc, argv, "o:", options, NULL)) >= 0) {
 		switch (c) {
@@ -145,6 +195,15 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	if (optind >= argc)
 		return khoctl_usage(&verb_claim, "claim which workload?");
 	name = argv[optind++];
+	if (optind < argc && !command)
+		return khoctl_usage(&verb_claim, "one workload at a time, and a command after --");
+	r = optind < argc ? find_command(argv[optind]) : 0;
+	if (r < 0) {
+		fprintf(stderr, "khoctl: %s: cannot be run: %s; nothing has been claimed\n", argv[optind],
+			strerror(-r));
+		free(secret);
+		return EXIT_EXEC;
+	}
 	if (!output && optind >= argc && !keep && !discard)
 		return khoctl_usage(&verb_claim, "give -o FILE or -- CMD, or --discard to throw the contents away");
 
@@ -159,14 +218,8 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		kho_client_free(client);
 		return khoctl_fail(r, err);
 	}
-	if (of || kho_claim_uid(claim) != geteuid())
-		fprintf(stderr, "khoctl: %s is of uid %" PRIu32 "%s%s\n", name, kho_claim_uid(claim),
-			kho_claim_unit(claim)[0] ? ", unit " : "", kho_claim_unit(claim));
+	tell_outcome(claim, name, of);
 	n = kho_claim_n_files(claim);
-	for (size_t i = 0; i < n; i++)
-		if (kho_claim_may_have_lost_irq(claim, i))
-			fprintf(stderr, "khoctl: %s may have lost interrupts in a handover\n",
-				kho_claim_name(claim, i));
 	if (which) {
 		while (index < n && strcmp(kho_claim_name(claim, index), which) != 0)
 			index++;
@@ -181,7 +234,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		r = EXIT_USAGE;
 		goto out;
 	}
-	/* Everything that can fail comes before the acknowledgement. */
+	/* Everything that can fail, but for running CMD, comes before the acknowledgement. */
 	if (output && write_out(output, kho_claim_fd(claim, index)) < 0) {
 		r = EXIT_REFUSED;
 		goto out;

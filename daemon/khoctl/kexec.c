@@ -18,7 +18,8 @@ static const char help[] =
 	"\n"
 	"Looks for obstacles as preflight does, loads the kernel, has every workload ready and\n"
 	"preserved as preserve does, and runs systemctl kexec. With an obstacle nothing is done,\n"
-	"and if something is refused it is undone; exit status 5.\n"
+	"and if something is refused it is undone; exit status 5. A kernel that would not take\n"
+	"over what is held is unloaded again; what was loaded before it is gone then.\n"
 	"\n"
 	"  --kernel FILE     load this kernel (kexec_file_load); without it one must be loaded\n"
 	"                    already, or systemd finds the default one of the boot loader\n"
@@ -92,6 +93,15 @@ out:
 	return r;
 }
 
+/* Back to a kexec that is refused for want of a kernel: the one that was loaded before is gone. */
+static void unload(const char *kernel)
+{
+	if (syscall(SYS_kexec_file_load, -1, -1, 0UL, NULL, (unsigned long)KEXEC_FILE_UNLOAD) < 0)
+		fprintf(stderr, "khoctl: %s stays loaded: %s\n", kernel, strerror(errno));
+	else
+		fprintf(stderr, "khoctl: %s is not loaded any more, and no other one is\n", kernel);
+}
+
 /* --force: logind, which would not let a kexec pass that loses something, is not asked. */
 static int systemctl_kexec(bool force)
 {
@@ -163,8 +173,10 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		if (r > 0)
 			return r;
 		/* Of the command line it knows more than we do. */
-		if (khoctl_loaded_refuses(ctl) && !force)
+		if (khoctl_loaded_refuses(ctl) && !force) {
+			unload(next.kernel);
 			return EXIT_OBSTACLE;
+		}
 	}
 	if (only_load)
 		return EXIT_SUCCESS;

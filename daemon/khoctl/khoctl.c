@@ -227,6 +227,7 @@ int main(int argc, char **argv)
 		{},
 	};
 	struct khoctl ctl = {};
+	char called[32];
 	int c, r;
 
 	while ((c = getopt_long(argc, argv, "+h", options, NULL)) >= 0) {
@@ -264,7 +265,10 @@ int main(int argc, char **argv)
 			fputs("khoctl: out of memory\n", stderr);
 			return EXIT_REFUSED;
 		}
-		optind = 0;	/* the verb parses its own options, from its own argv[0] */
+		/* The verb parses its own options, and getopt's complaints begin with its argv[0]. */
+		snprintf(called, sizeof(called), "khoctl: %s", v->name);
+		argv[0] = called;
+		optind = 0;
 		r = v->run(&ctl, argc, argv);
 		kho_free(ctl.kho);
 		if (fflush(stdout) != 0 && r == 0) {

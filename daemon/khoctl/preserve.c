@@ -74,7 +74,9 @@ static int run_preserve(struct khoctl *ctl, int argc, char **argv)
 
 static int run_abort(struct khoctl *ctl, int argc, char **argv)
 {
-	if (argc > 1)
+	static const struct option none[] = { {} };
+
+	if (getopt_long(argc, argv, "", none, NULL) >= 0 || optind < argc)
 		return khoctl_usage(&verb_abort, "abort takes no argument");
 	return khoctl_abort(ctl);
 }

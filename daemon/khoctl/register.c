@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <limits.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -104,7 +105,7 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 	void *secret = NULL;
 	const char *name;
 	uint64_t bytes = 0;
-	unsigned long seconds;
+	unsigned long seconds, number;
 	char buf[32], *end;
 	int c, r, copied = -1;
 
@@ -113,8 +114,9 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 		case 'f':
 			if (n == MAX_FDS)
 				return khoctl_usage(&verb_register, "too many --fd");
-			files[n].fd = (int)strtol(optarg, &end, 10);
-			if (*end || end == optarg || fcntl(files[n].fd, F_GETFD) < 0) {
+			number = strtoul(optarg, &end, 10);
+			files[n].fd = number > INT_MAX ? -1 : (int)number;
+			if (*end || optarg[0] < '0' || optarg[0] > '9' || fcntl(files[n].fd, F_GETFD) < 0) {
 				fprintf(stderr, "khoctl: --fd %s is not an open descriptor\n", optarg);
 				return EXIT_USAGE;
 			}

@@ -64,10 +64,24 @@ Test(khoctl, usage)
 	must(0, "khoctl 0.", "K --version");
 	for (size_t i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++)
 		must(0, "Usage: khoctl", "K %s --help", verbs[i]);
+	for (size_t i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++) {
+		char text[64];
+
+		snprintf(text, sizeof(text), "khoctl: %s: unrecognized option '--frobnicate'", verbs[i]);
+		must(2, text, "K %s --frobnicate", verbs[i]);
+	}
 	must(2, "register what", "K register");
 	must(2, "cannot be a workload's name", "K register ../x /etc/passwd");
 	must(2, "either one FILE or --fd", "K register x");
 	must(2, "not an open descriptor", "K register x --fd 77");
+	must(2, "not an open descriptor", "K register x --fd 4294967296 < /dev/null");
+	must(2, "not an open descriptor", "K register x --fd ''");
+	must(2, "Usage: khoctl show", "K show");
+	must(2, "Usage: khoctl inspect", "K inspect");
+	must(2, "Usage: khoctl list", "K list x");
+	must(2, "Usage: khoctl status", "K status x");
+	must(2, "kexec takes no argument", "K kexec x");
+	must(2, "need --kernel", "K kexec --initrd x");
 	must(2, "-o FILE", "K claim x");
 	must(2, "release which", "K release");
 	must(2, "preserve takes no argument", "K preserve x");
@@ -130,6 +144,13 @@ Test(khoctl, life)
 	must(0, "0123456789", "K claim vm1 --keep -o -");
 	must(0, "vm1 3 1", "K claim vm1 --keep -- sh -c 'echo vm1 3 $LISTEN_FDS; test $LISTEN_PID = $$'");
 	must(127, "cannot be run", "K claim vm1 --keep -- /nonexistent");
+	/* Nor is it lost by a slip of the finger. */
+	must(2, "a command after --", "K claim vm1 vm2");
+	must(127, "nothing has been claimed", "K claim vm1 -- /nonexistent");
+	must(127, "nothing has been claimed", "K claim vm1 -- ./vm2");
+	must(127, "nothing has been claimed", "K claim vm1 -- no-such-program");
+	must(127, "nothing has been claimed", "K claim vm1 -- /etc/passwd");
+	must(0, "held", "K list");
 	must(1, "cannot be written", "K claim vm1 -o /nonexistent/x");
 	must(0, "held", "K list");
 	must(0, "0123456789f", "K claim vm1 -- sh -c 'cat <&3; echo $LISTEN_FDNAMES'");

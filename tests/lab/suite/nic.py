@@ -238,6 +238,8 @@ def a_restore_that_fails_stops_the_device(ctx):
         expect([f["name"] for f in w["files"]] == ["memory"], w)
         status = vm.run("khoctl status").out
         expect("nic  devices quiesced by the last handover: " in status, status)
+        said = vm.run("khoctl claim --of root nic --keep -o /dev/null").err
+        expect(re.search("the devices of nic have been stopped: .*Cannot allocate memory", said), said)
         khod.only_sessions()
         time.sleep(3)
         late = [t for t in nic.dma_times(vm) if t > stopped + 0.1]
@@ -401,7 +403,7 @@ def refused_in_one_failure_domain(vm):
 
 @test(part="nic", kernels=A_AND_B)
 def several_workloads_of_different_users(ctx):
-    """Three users' over two kexecs: claimed at once, late, and not before the third kernel.
+    """Three users' over two kexecs: claimed at once, late, not before the third kernel, and never.
 
     One has two devices on one IOAS, under a page table of its own and under the automatic one; a
     second workload with what is in its failure domain is refused before each kexec.
@@ -412,6 +414,7 @@ def several_workloads_of_different_users(ctx):
         nic.wait_running(vm)
         for name in OTHERS:
             start_driver(vm, name)
+        vm.run("runuser -u games -- khoctl register never /etc/os-release")
         senders = [Sender(s, 200, vm.dir / f"sent{i}") for i, s in enumerate(vm.senders)]
         time.sleep(2)
         for round_ in (1, 2):
@@ -424,13 +427,20 @@ def several_workloads_of_different_users(ctx):
                 expect(w["outcome"] == "restored", w)
                 expect(w["handovers"] == (round_ if name == "idle" else 1), w)
             t = json.loads(vm.run("khoctl timeline --json").out)
-            expect([w["name"] for w in t["workloads"]] == ["idle", "nic", "pair"], t["workloads"])
+            expect([w["name"] for w in t["workloads"]] == ["idle", "never", "nic", "pair"], t["workloads"])
             time.sleep(2)
+            refused = vm.run("systemd-run --quiet --wait --pipe -u other -p User=daemon khoctl claim pair -- true",
+                             check=False)
+            expect(refused.status == 1 and "it belongs to lab-pair.service, and this client runs in other.service"
+                   in refused.err, refused.err)
             start_driver(vm, "pair")
             refused = vm.run("runuser -u games -- khoctl claim pair -- true", check=False)
             expect(refused.status == 4 or "another user" in refused.err, refused.err)
         start_driver(vm, "idle")
         time.sleep(2)
+        w = json.loads(vm.run("khoctl show never --json").out)
+        expect(w["state"] == "held" and w["handovers"] == 2, w)
+        vm.run("runuser -u games -- khoctl claim never --keep -o - | cmp - /etc/os-release")
         sent = [len(s.stop()) for s in senders]
         total = 0
         for name, path, n in (("nic", nic.STATUS, sent[0]), ("pair", "/run/lab-pair/status", sent[1] + sent[2]),

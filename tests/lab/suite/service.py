@@ -243,6 +243,7 @@ def a_kexec_that_would_lose_a_workload_is_refused(ctx):
         path = vm.put_kernel(vm.kernel)
         r = vm.run(f"khoctl kexec --kernel {path} --cmdline root=/dev/vda", check=False)
         expect(r.status == 5 and "liveupdate=on" in r.err, f"{r.status}: {r.err}")
+        expect("is not loaded any more" in r.err and vm.run("cat /sys/kernel/kexec_loaded").out.strip() == "0", r.err)
         r = vm.run(f"kexec -s -l {path} --command-line=kho=off && khoctl preflight", check=False)
         expect(r.status == 5 and "cold reboot" in r.out, f"{r.status}: {r.out}{r.err}")
         kexec_refused(vm, "kho=off")
