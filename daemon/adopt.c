@@ -1027,8 +1027,10 @@ static int adopt_one(struct khod *k, struct group *g)
 		return kho_error_new(err, ENOENT, g->w->name,
 				     "there is no image, so what it holds cannot be told; release it to discard it");
 	}
+	/* Whatever it has stays where it is: devices in the session, which nobody can tell from memory. */
 	if (g->found < 0)
-		return g->found;
+		return kho_error_new(err, g->found, g->w->name,
+				     "nothing of it can be restored; if it has devices the kernel stops them when their time is up");
 	r = bring(k, g, err);
 	return r < 0 ? r : BROUGHT;
 }

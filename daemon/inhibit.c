@@ -51,6 +51,9 @@
 	"org.freedesktop.systemd1", "/org/freedesktop/systemd1",               \
 	"org.freedesktop.systemd1.Manager"
 #define TARGET "kexec.target"
+#define LOGIND_STARTED                                                         \
+	"type='signal',sender='org.freedesktop.DBus',interface='org.freedesktop.DBus'," \
+	"member='NameOwnerChanged',arg0='org.freedesktop.login1'"
 
 /* One that has failed, whether or not a client is about to claim it. */
 const struct workload *inhibit_obstacle(const struct khod *k)
@@ -363,6 +366,25 @@ static int on_shutdown(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	return 0;
 }
 
+/*
+ * logind was started again. It still has our locks, but knows nothing of a shutdown that it had
+ * announced, so that nobody will say that it is over.
+ */
+static int on_logind(sd_bus_message *m, void *userdata, sd_bus_error *error)
+{
+	const char *name, *old, *new;
+	struct khod *k = userdata;
+
+	if (sd_bus_message_read(m, "sss", &name, &old, &new) < 0 || !new[0] || !k->inhibit.shutdown)
+		return 0;
+	log_event(LOG_NOTICE, NULL, NULL,
+		  "logind was started again, and what it had announced does not come.");
+	k->inhibit.shutdown = k->inhibit.waiting = false;
+	(void)handover_abort(k, "logind was started again", NULL);
+	inhibit_update(k);
+	return 0;
+}
+
 /* Is logind waiting for the lock that the khod before this one had? */
 static int on_announced(sd_bus_message *m, void *userdata, sd_bus_error *error)
 {
@@ -427,6 +449,8 @@ static int connect_bus(struct khod *k)
 	if (r >= 0)
 		r = sd_bus_match_signal_async(i->bus, NULL, LOGIND, LOGIND_MANAGER,
 					      "PrepareForShutdownWithMetadata", on_shutdown, NULL, k);
+	if (r >= 0)
+		r = sd_bus_add_match_async(i->bus, NULL, LOGIND_STARTED, on_logind, NULL, k);
 	if (r >= 0)
 		r = sd_bus_match_signal(i->bus, NULL, NULL, "/org/freedesktop/DBus/Local",
 					"org.freedesktop.DBus.Local", "Disconnected", on_disconnect, k);

@@ -332,6 +332,13 @@ int domain_explain(struct khod *k, const struct kho_image *image, enum kho_file_
  */
 int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct kho_error **err);
 /**
+ * graph_look() - graph_read() of a lease, and what else the kernel would refuse to preserve
+ * @w: has descriptors of its own; what was read is in its image even if this fails
+ *
+ * Return: 0, -EOPNOTSUPP, -errno.
+ */
+int graph_look(struct khod *k, struct workload *w, struct kho_error **err);
+/**
  * graph_translations() - how devices are translated at the moment, from the kernel into @w's graph
  * @ask: false: forget it, it is not for the next kernel
  *

@@ -132,6 +132,37 @@ int graph_read(struct khod *k, struct kho_image *image, const int *fds, struct k
 	return 0;
 }
 
+/* One that could not be moved with its DMA going on is refused by the kernel, when it is preserved. */
+static int all_hitless(struct khod *k, const struct workload *w, struct kho_error **err)
+{
+	const struct kho_graph *g = kho_image_graph(w->image);
+
+	for (size_t i = 0; g && i < g->n_contexts; i++) {
+		const struct kho_context *c = &g->contexts[i];
+		int fd = fd_by_token(w->image, w->fds, c->token);
+
+		for (size_t j = 0; j < c->n_devices; j++) {
+			const struct kho_device *d = &c->devices[j];
+			int r = d->noiommu || d->hwpt == KHO_NONE ? 1 :
+				kho_iommufd_hitless(k->kho, fd, d->id, err);
+
+			if (r < 0)
+				return r;
+			if (r == 0)
+				return kho_error_new(err, EOPNOTSUPP, d->name,
+						     "is behind an IOMMU that could discard its DMA while its page table is replaced");
+		}
+	}
+	return 0;
+}
+
+int graph_look(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r = graph_read(k, w->image, w->fds, err);
+
+	return r < 0 ? r : all_hitless(k, w, err);
+}
+
 static int open_iommufd(struct khod *k, const struct workload *w, uint64_t token)
 {
 	if (w->fds)
@@ -152,8 +183,9 @@ void graph_translations(struct khod *k, struct workload *w, bool ask)
 			struct kho_device *d = &c->devices[j];
 
 			d->translation = (struct kho_translation){};
-			if (fd >= 0)
-				(void)kho_iommufd_translation(k->kho, fd, d->id, &d->translation, NULL);
+			if (fd < 0 || kho_iommufd_translation(k->kho, fd, d->id, &d->translation, NULL) < 0)
+				continue;
+			d->translation.hitless = kho_iommufd_hitless(k->kho, fd, d->id, NULL) > 0;
 		}
 		if (fd >= 0)
 			kho_close(k->kho, fd);

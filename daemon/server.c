@@ -910,7 +910,10 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	_cleanup_free_ Kho__Control__FileInfo *files = NULL;
 	_cleanup_free_ Kho__Control__FileInfo **filep = NULL;
 	Kho__Control__WorkloadInfo info, *infop = &info;
+	_cleanup_free_ char *text = NULL;
+	struct kho_error *err = NULL;
 	struct workload *w;
+	bool look;
 	size_t n;
 	int fd, r;
 
@@ -940,9 +943,18 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	}
 	info.files = filep;
 	info.n_files = n;
+	/* What a lease has in it is known for certain only when it is preserved. */
+	look = w->state == WORKLOAD_LEASED && w->fds && c->who.uid == 0;
+	if (look && (r = graph_look(c->k, w, &err)) < 0) {
+		text = kho_error_format(err, r);
+		info.obstacle = text ? text : strerror(-r);
+		err = kho_error_free(err);
+	}
 	graph_translations(c->k, w, true);
 	fd = w->image ? kho_image_write_public(c->k->kho, w->image, NULL) : -1;
 	graph_translations(c->k, w, false);
+	if (look)
+		(void)kho_image_set_graph(w->image, NULL, NULL);
 	return send_list(c, serial, &infop, 1, false, fd);
 }
 

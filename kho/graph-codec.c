@@ -135,6 +135,7 @@ static int attachment_to_message(const struct kho_context *c, const struct kho_d
 	a->translation->mode = t->mode;
 	a->translation->unit = t->unit;
 	a->translation->domain_id = t->domain_id;
+	a->translation->hitless = t->hitless;
 	return 0;
 }
 
@@ -288,6 +289,7 @@ static struct kho_translation translation_from_message(const Kho__Image__Transla
 		.mode = (enum kho_translation_mode)w->mode,
 		.unit = w->unit,
 		.domain_id = w->domain_id,
+		.hitless = w->hitless,
 	};
 }
 

@@ -138,6 +138,17 @@ int kho_iommufd_translation(struct kho *kho, int iommufd, uint32_t dev_id,
 	return 0;
 }
 
+int kho_iommufd_hitless(struct kho *kho, int iommufd, uint32_t dev_id, struct kho_error **err)
+{
+	struct iommu_hw_info arg = { .size = sizeof(arg), .dev_id = dev_id };
+	int r = kho_op(kho, ioctl, iommufd, IOMMU_GET_HW_INFO, &arg);
+
+	if (r < 0)
+		return kho_error_new(err, r, NULL, "cannot read what the IOMMU of device %" PRIu32 " can do: %s",
+				     dev_id, strerror(-r));
+	return !!(arg.out_capabilities & IOMMU_HW_CAP_HITLESS_REPLACE);
+}
+
 static const char *const reasons[] = {
 	[IOMMU_LIVEUPDATE_BACKING_USER] = "memory that is mapped by address: map a memfd with IOMMU_IOAS_MAP_FILE",
 	[IOMMU_LIVEUPDATE_BACKING_DMABUF] = "a mapped DMABUF, which cannot be carried over: unmap it",

@@ -65,6 +65,8 @@ static void print_translation(const struct kho_translation *t)
 	if (t->mode != KHO_TRANSLATION_LEGACY)
 		printf(", %s", kho_translation_mode_name(t->mode));
 	printf(", domain id %" PRIu32, t->domain_id);
+	if (t->hitless)
+		printf(", replaced without a gap");
 }
 
 /* "17, once 4": the client's id where it is another one. */
@@ -179,6 +181,7 @@ static void json_translation(struct json *j, const struct kho_translation *t)
 	json_string(j, "mode", kho_translation_mode_name(t->mode));
 	json_string(j, "iommu", unit);
 	json_u64(j, "domain_id", t->domain_id);
+	json_bool(j, "hitless", t->hitless);
 	json_close(j, '}');
 }
 

@@ -195,8 +195,28 @@ static void check_next_kernel(struct flight *p, const char *path)
 		     path, next.release[0] ? ", " : "", next.release);
 }
 
+/* Each device that an IOMMU translates for: can it be moved to a page table of the next kernel? */
+static void check_devices(struct flight *p, const struct kho_workload *w, const struct kho_image *image)
+{
+	const struct kho_graph *g = image ? kho_image_graph(image) : NULL;
+
+	for (size_t i = 0; g && i < g->n_contexts; i++)
+		for (size_t j = 0; j < g->contexts[i].n_devices; j++) {
+			const struct kho_device *d = &g->contexts[i].devices[j];
+			const struct kho_translation *t = &d->translation;
+
+			if (t->mode == KHO_TRANSLATION_UNKNOWN)
+				continue;
+			item(p, w->name, t->hitless, w->survival == KHO_SURVIVAL_MUST,
+			     t->hitless ? "%s, behind dmar%" PRIu32 ": its page table is replaced without a gap" :
+			     "%s, behind dmar%" PRIu32 ": the IOMMU could discard its DMA while its page table is replaced",
+			     d->name, t->unit);
+		}
+}
+
 static void check_workload(struct flight *p, const struct kho_workload *w)
 {
+	bool must = w->survival == KHO_SURVIVAL_MUST;
 	char size[32];
 
 	switch (w->state) {
@@ -207,9 +227,14 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 		     w->n_files, human_size(w->bytes, size));
 		return;
 	case KHO_WORKLOAD_LEASED:
-		item(p, w->name, true, true, "leased, %zu files, %s: its client is asked before a handover%s",
-		     w->n_files, human_size(w->bytes, size),
-		     w->survival == KHO_SURVIVAL_MUST ? "" : ", which goes on without it if it is not ready");
+		if (w->obstacle[0])
+			item(p, w->name, false, must, "leased, and as it is now %s: %s",
+			     must ? "it would stop a handover" : "a handover would leave it behind", w->obstacle);
+		else
+			item(p, w->name, true, true,
+			     "leased, %zu files, %s: its client is asked before a handover%s", w->n_files,
+			     human_size(w->bytes, size),
+			     must ? "" : ", which goes on without it if it is not ready");
 		return;
 	case KHO_WORKLOAD_UNREADABLE:
 		item(p, w->name, true, true, "held; it can be claimed after the kexec only");
@@ -221,7 +246,24 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 	case KHO_WORKLOAD_FAILED:
 		break;
 	}
-	item(p, w->name, false, w->survival == KHO_SURVIVAL_MUST, "would be lost: %s", w->reason);
+	item(p, w->name, false, must, "would be lost: %s", w->reason);
+}
+
+/* With what is in it, which the list does not tell. */
+static void look_at(struct flight *p, struct kho_client *client, const struct kho_workload *listed)
+{
+	struct kho_workloads *shown = NULL;
+	struct kho_image *image = NULL;
+	int r = kho_client_show(client, listed->name, &shown, &image, NULL);
+
+	if (r >= 0) {
+		check_workload(p, kho_workloads_get(shown, 0));
+		check_devices(p, kho_workloads_get(shown, 0), image);
+	} else if (r != -ENOENT) {	/* it has ended since */
+		check_workload(p, listed);
+	}
+	kho_image_free(image);
+	kho_workloads_free(shown);
 }
 
 static void check_khod(struct flight *p, struct khoctl *ctl)
@@ -258,7 +300,7 @@ static void check_khod(struct flight *p, struct khoctl *ctl)
 		item(p, "fd store", true, true, "%" PRIu32 " of %" PRIu32 " places taken",
 		     s->fdstore_used, s->fdstore_max);
 	for (size_t i = 0; i < kho_workloads_n(list); i++)
-		check_workload(p, kho_workloads_get(list, i));
+		look_at(p, client, kho_workloads_get(list, i));
 out:
 	kho_workloads_free(list);
 	kho_status_free(s);

@@ -71,6 +71,7 @@ struct simdev {
 	char refuse[32];
 	bool vtd;		/* see simdev_set_vtd() */
 	__u32 vtd_mode;
+	bool discards;		/* see simdev_set_hitless() */
 	char violation[200];
 };
 
@@ -476,7 +477,7 @@ static int device_info(struct simdev *d, struct ctx *c, struct sim_packet *p)
 	if (!o || o->type != IOMMU_OBJECT_DEVICE)
 		return -ENOENT;
 	v = &d->dev[o->dev];
-	a->out_flags = IOMMU_DEVICE_INFO_NOIOMMU | (v->preserved ? IOMMU_DEVICE_INFO_PRESERVED : 0);
+	a->out_flags = (d->vtd ? 0 : IOMMU_DEVICE_INFO_NOIOMMU) | (v->preserved ? IOMMU_DEVICE_INFO_PRESERVED : 0);
 	a->out_group_id = -1;
 	a->num_attachments = v->hwpt ? 1 : 0;
 	*at = (struct iommu_device_attachment){ .hwpt_id = v->hwpt };
@@ -578,11 +579,17 @@ static int ctx_ioctl(struct simdev *d, struct ctx *c, struct sim_packet *p, int 
 		return device_info(d, c, p);
 	case IOMMU_GET_ATTACH_INFO:
 		return attach_info(d, c, p);
+	case IOMMU_GET_HW_INFO:
+		((struct iommu_hw_info *)p->arg)->out_capabilities =
+			d->discards ? 0 : IOMMU_HW_CAP_HITLESS_REPLACE;
+		return 0;
 	case IOMMU_IOAS_LIST_AREAS:
 		return list_areas(c, p, fd);
 	case IOMMU_LIVEUPDATE_STATUS:
 		((struct iommu_liveupdate_status *)p->arg)->out_reason =
-			d->refuse[0] ? IOMMU_LIVEUPDATE_NOT_EQUAL : IOMMU_LIVEUPDATE_OK;
+			d->refuse[0] ? IOMMU_LIVEUPDATE_NOT_EQUAL :
+			d->discards  ? IOMMU_LIVEUPDATE_NOT_HITLESS :
+				       IOMMU_LIVEUPDATE_OK;
 		return 0;
 	}
 	return -ENOTTY;
@@ -807,6 +814,8 @@ int simdev_preserve(struct simdev *d, int fd, bool (*member)(void *, ino_t), voi
 	int c = ctx_by_ino(d, ino);
 	struct dev *v = dev_by_ino(d, ino);
 
+	if (c >= 0 && d->discards)
+		return -EOPNOTSUPP;
 	if (c >= 0)
 		return ctx_preserve(d, &d->ctx[c], member, userdata);
 	if (!v || v->ctx < 0 || !v->hwpt)
@@ -975,6 +984,11 @@ void simdev_set_vtd(struct simdev *d, __u32 mode)
 {
 	d->vtd = true;
 	d->vtd_mode = mode;
+}
+
+void simdev_set_hitless(struct simdev *d, bool hitless)
+{
+	d->discards = !hitless;
 }
 
 void simdev_set_irq(struct simdev *d, const char *name, enum simdev_irq irq)

@@ -51,6 +51,8 @@ const char *simdev_attached(struct simdev *d, const char *name);
  * mode (enum iommu_attach_info_vtd_mode), with domain ids that follow from the HWPT's.
  */
 void simdev_set_vtd(struct simdev *d, __u32 mode);
+/* Whether its IOMMUs replace page tables with no DMA discarded; without that no context is preserved. */
+void simdev_set_hitless(struct simdev *d, bool hitless);
 /*
  * How the user of a device has set up its interrupts. All but MSI-X cannot be kept pending;
  * after a kexec MSI-X is enabled still, and of the others nothing is to be seen.

@@ -29,7 +29,7 @@ struct logind {
 	pthread_t thread;
 	bool quit, masked;
 	char type[16];	/* announced; "": nothing */
-	int emit;	/* 1: announce it, 2: say that it is over */
+	int emit;	/* 1: announce it, 2: say that it is over, 3: be a new one */
 	int listen_fd, wake[2];
 	sd_bus *buses[MAX_BUSES];
 	struct lock locks[MAX_LOCKS];
@@ -126,6 +126,23 @@ static void tell_all(struct logind *l, bool active)
 	}
 }
 
+static void tell_new_owner(struct logind *l)
+{
+	for (int i = 0; i < MAX_BUSES; i++) {
+		sd_bus_message *m = NULL;
+
+		if (!l->buses[i])
+			continue;
+		if (sd_bus_message_new_signal(l->buses[i], &m, "/org/freedesktop/DBus", "org.freedesktop.DBus",
+					      "NameOwnerChanged") < 0 ||
+		    sd_bus_message_append(m, "sss", "org.freedesktop.login1", "", ":1.7") < 0 ||
+		    sd_bus_message_set_sender(m, "org.freedesktop.DBus") < 0)
+			abort();
+		(void)sd_bus_send(l->buses[i], m, NULL);
+		sd_bus_message_unref(m);
+	}
+}
+
 static void accept_bus(struct logind *l)
 {
 	int fd = accept4(l->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), i = 0;
@@ -172,9 +189,11 @@ static void *serve(void *arg)
 			if (l->buses[i] && r < 0)
 				l->buses[i] = sd_bus_close_unref(l->buses[i]);
 		}
-		if (l->emit)
+		if (l->emit == 3)
+			tell_new_owner(l);
+		else if (l->emit)
 			tell_all(l, l->emit == 1);
-		if (l->emit == 2)
+		if (l->emit > 1)
 			l->type[0] = 0;
 		l->emit = 0;
 		p[0] = (struct pollfd){ .fd = l->wake[0], .events = POLLIN };
@@ -311,4 +330,9 @@ bool logind_masked(struct logind *l)
 	masked = l->masked;
 	pthread_mutex_unlock(&l->lock);
 	return masked;
+}
+
+void logind_restart(struct logind *l)
+{
+	emit(l, 3);
 }

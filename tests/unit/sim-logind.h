@@ -31,5 +31,7 @@ void logind_announce(struct logind *l, const char *type);
  */
 int logind_proceed(struct logind *l);
 bool logind_masked(struct logind *l);
+/* It dies and is started again: its locks are still there, what it had announced is not. */
+void logind_restart(struct logind *l);
 
 #endif

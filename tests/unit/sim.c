@@ -961,6 +961,43 @@ void sim_lose(struct sim *s, unsigned long long token)
 	pthread_mutex_unlock(&s->lock);
 }
 
+/* @s->lock is held. */
+static struct token *incoming_token(struct sim *s, unsigned long long token)
+{
+	struct token *t = NULL;
+
+	for (int i = 0; i < MAX_SESSIONS && !t; i++)
+		if (s->sessions[i].used && s->sessions[i].incoming)
+			t = token_find(&s->sessions[i], token);
+	return t;
+}
+
+int sim_preserved_fd(struct sim *s, unsigned long long token)
+{
+	struct token *t;
+	int fd;
+
+	pthread_mutex_lock(&s->lock);
+	t = incoming_token(s, token);
+	fd = t ? fcntl(t->fd, F_DUPFD_CLOEXEC, 3) : -1;
+	pthread_mutex_unlock(&s->lock);
+	return fd;
+}
+
+void sim_replace(struct sim *s, unsigned long long token, int fd)
+{
+	struct token *t;
+
+	pthread_mutex_lock(&s->lock);
+	t = incoming_token(s, token);
+	if (t) {
+		close(t->fd);
+		t->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+		t->ino = inode_of(t->fd);
+	}
+	pthread_mutex_unlock(&s->lock);
+}
+
 size_t sim_sessions(struct sim *s, bool incoming)
 {
 	size_t n = 0;

@@ -47,6 +47,10 @@ pid_t sim_pid(struct sim *s);
 
 /* After a kexec: what was preserved under @token cannot be restored, now and ever after. */
 void sim_lose(struct sim *s, unsigned long long token);
+/* After a kexec: what is preserved under @token of the one session that there is; the caller's. */
+int sim_preserved_fd(struct sim *s, unsigned long long token);
+/* After a kexec: something else is preserved under @token, @fd, borrowed. */
+void sim_replace(struct sim *s, unsigned long long token, int fd);
 
 /* PID 1 closes what is taken out of its store so much later than it says so; 0: at once. */
 void sim_close_late(struct sim *s, unsigned int msec);

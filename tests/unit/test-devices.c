@@ -620,6 +620,8 @@ Test(devices, show_how_they_are_translated)
 	cr_assert(strstr(shown("--json"), "\"translation\": null"), "%s", shown("--json"));
 	translated(IOMMU_ATTACH_INFO_VTD_LEGACY, "legacy");
 	cr_assert(strstr(shown(""), ", by dmar1 in legacy mode, domain id 10"), "%s", shown(""));
+	cr_assert(strstr(shown(""), ", replaced without a gap"), "%s", shown(""));
+	cr_assert(strstr(shown("--json"), "\"hitless\": true"), "%s", shown("--json"));
 	translated(IOMMU_ATTACH_INFO_VTD_NESTED, "nested");
 	translated(IOMMU_ATTACH_INFO_VTD_SECOND_STAGE, "second-stage");
 	must_stop(sim);
@@ -686,6 +688,104 @@ Test(devices, lost_memory_stops_the_devices)
 			lost(all, faults[i]);
 			again();
 		}
+}
+
+enum damage { BIT_FLIPPED, CUT_OFF, TOO_LARGE, NOT_AN_IMAGE, EMPTY, NEWER_FORMAT, OF_ANOTHER, NOT_SEALED, N_DAMAGES };
+
+/* The image at @fd, damaged. */
+static int damaged(int fd, enum damage how)
+{
+	static uint8_t buf[65536];
+	ssize_t n = pread(fd, buf, sizeof(buf), 0);
+	char path[512];
+	int out;
+
+	cr_assert(n > 128 && n < (ssize_t)sizeof(buf));
+	switch (how) {
+	case BIT_FLIPPED:
+		buf[n - 1] ^= 0x10;
+		break;
+	case CUT_OFF:
+		n -= 10;
+		break;
+	case NOT_AN_IMAGE:
+		memset(buf, 0, n);
+		break;
+	case EMPTY:
+		n = 0;
+		break;
+	case NEWER_FORMAT:	/* little endian: version, and the oldest that can read it */
+		buf[8] = buf[12] = 99;
+		break;
+	case OF_ANOTHER:
+		snprintf(path, sizeof(path), "%s/golden/image-v1-devices", getenv("UNIT_SRC"));
+		out = open(path, O_RDONLY | O_CLOEXEC);
+		n = pread(out, buf, sizeof(buf), 0);
+		cr_assert(n > 128);
+		close(out);
+		break;
+	default:
+		break;
+	}
+	out = memfd_create("image", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	cr_assert(write(out, buf, n) == n);
+	if (how == TOO_LARGE)
+		cr_assert(ftruncate(out, 1ULL << 30) == 0);
+	if (how != NOT_SEALED)
+		cr_assert(fcntl(out, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE) == 0);
+	return out;
+}
+
+static void bad_image(enum damage how, const char *reason)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_error *err = NULL;
+	struct kho_client *c;
+	int good, bad;
+
+	registered();
+	sim_kexec(sim);
+	good = sim_preserved_fd(sim, KHO_TOKEN_IMAGE);
+	bad = damaged(good, how);
+	sim_replace(sim, KHO_TOKEN_IMAGE, bad);
+	for (int i = 0; i < 2; i++) {
+		must_start(sim);
+		c = dial(kho, sim);
+		must(kho_client_show(c, "vm", &w, NULL, &err), err, "show");
+		cr_assert(kho_workloads_get(w, 0)->state == KHO_WORKLOAD_FAILED);
+		cr_assert(strstr(kho_workloads_get(w, 0)->reason, "nothing of it can be restored") &&
+			  strstr(kho_workloads_get(w, 0)->reason, reason), "%d: '%s' is not in: %s", how, reason,
+			  kho_workloads_get(w, 0)->reason);
+		w = kho_workloads_free(w);
+		cr_assert(kho_client_claim(c, "vm", NULL, 0, &(struct kho_claim *){ NULL }, NULL) == -EIO);
+		/* As the previous kernel left them: in memory that nobody else can get. */
+		devices_are(true, "frozen");
+		cr_assert(sim_store_count(sim) == 1 && sim_sessions(sim, true) == 1);
+		if (i == 1)
+			must(kho_client_release(c, "vm", NULL, 0, &err), err, "release");
+		kho_client_free(c);
+		if (i == 0)
+			must_stop(sim);
+	}
+	devices_are(false, "none");
+	must_stop(sim);
+	close(good);
+	close(bad);
+}
+
+/* What is not an image of this workload, whole, and of a known format restores nothing, and loses nothing. */
+Test(devices, bad_images)
+{
+	static const char *const reasons[N_DAMAGES] = {
+		[BIT_FLIPPED] = "checksum", [CUT_OFF] = "truncated", [TOO_LARGE] = "bytes too long",
+		[NOT_AN_IMAGE] = "wrong magic", [EMPTY] = "less than a header", [NEWER_FORMAT] = "upgrade khod",
+		[OF_ANOTHER] = "its session holds the image of '", [NOT_SEALED] = "not sealed",
+	};
+
+	for (int how = 0; how < N_DAMAGES; how++) {
+		bad_image((enum damage)how, reasons[how]);
+		again();
+	}
 }
 
 /* The devices are restored by then, but nobody could make use of them. */

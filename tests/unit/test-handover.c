@@ -5,6 +5,7 @@
  * preserved, or everybody may change mappings as before.
  */
 #include <pthread.h>
+#include <linux/iommufd.h>
 #include <sys/socket.h>
 
 #include "machine.h"
@@ -587,6 +588,68 @@ Test(handover, memory_of_another_size_is_a_refusal)
 
 	cr_assert(ftruncate(a.memfd, SIZE) == 0);
 	must_go_on(&a, &b);
+}
+
+static const char *preflight(void)
+{
+	static char out[8192];
+	char cmd[512];
+	FILE *f;
+
+	snprintf(cmd, sizeof(cmd), "%s --socket %s preflight", getenv("KHOCTL"), sim_socket(sim));
+	f = popen(cmd, "r");
+	cr_assert(f);
+	out[fread(out, 1, sizeof(out) - 1, f)] = 0;
+	(void)pclose(f);	/* this host may have obstacles of its own */
+	return out;
+}
+
+static void set_hitless(bool hitless)
+{
+	struct simdev *d = sim_lock_devices(sim);
+
+	simdev_set_vtd(d, IOMMU_ATTACH_INFO_VTD_LEGACY);
+	simdev_set_hitless(d, hitless);
+	sim_unlock_devices(sim);
+}
+
+/* What the kernel would refuse is told ahead of the handover that it stops, by name. */
+Test(handover, preflight_tells_what_would_stop_it)
+{
+	static const char gap[] = "leased, and as it is now it would stop a handover: pci/0000:01:00.0: is behind an IOMMU that could discard its DMA";
+	struct operator o = {};
+	struct client a, b;
+	struct kho_event ev;
+	int other;
+
+	two(&a, &b, &lease);
+	set_hitless(true);
+	cr_assert(strstr(preflight(), "ok        vm-a           leased, 3 files") &&
+		  strstr(preflight(), "ok        vm-b           pci/0000:02:00.0, behind dmar1: its page table is replaced without a gap"),
+		  "%s", preflight());
+	set_hitless(false);
+	cr_assert(strstr(preflight(), "OBSTACLE  vm-a") && strstr(preflight(), gap), "%s", preflight());
+	preserve(&o);
+	must_event(&a, KHO_EVENT_PREPARE, &ev);
+	cr_assert(kho_client_ready(a.k, &ev, NULL) == -EOPNOTSUPP);
+	wait_for(&o);
+	cr_assert(strstr(o.text, "an IOMMU that could discard DMA"), "%s", o.text);
+	must_event(&a, KHO_EVENT_ABORTED, &ev);
+	must_event(&b, KHO_EVENT_PREPARE, &ev);
+	must_event(&b, KHO_EVENT_ABORTED, &ev);
+	set_hitless(true);
+	must_go_on(&a, &b);
+
+	must_start(sim);
+	client_new(&a, "vm-a", "0000:01:00.0");
+	must_lease(&a, &lease);
+	other = make_memfd(SIZE, 1);
+	must(kho_iommufd_map_file(kho, a.ctx, a.ioas, other, 0, SIZE, IOVA + 16 * SIZE, 3, NULL), NULL, "map");
+	cr_assert(strstr(preflight(), "would stop a handover: iommufd: cannot be read: ") &&
+		  strstr(preflight(), "map a memfd that is not in the workload"), "%s", preflight());
+	client_exit(&a);
+	close(other);
+	must_stop(sim);
 }
 
 /* Who asked for it goes away before the answer. */

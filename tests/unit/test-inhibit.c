@@ -129,6 +129,26 @@ Test(inhibit, an_image_that_would_not_take_over_is_refused)
 	must_come_to("delay", 0);
 }
 
+/* In the time in which it waits: what khod refused is forgotten, and the next one is announced to it. */
+Test(inhibit, logind_is_started_again)
+{
+	must_start(sim);
+	hold("mem");
+	must_come_to("delay", 1);
+	image_is("no-data");
+	logind_announce(logind, "kexec");
+	must_come_to("delay", 0);
+	cr_assert(logind_masked(logind), "%s", sim_log(sim));
+	logind_restart(logind);
+	must_unmask();
+	must_come_to("delay", 1);
+	image_is("ok");
+	must_come_to("block", 0);
+	logind_announce(logind, "kexec");
+	cr_assert(logind_proceed(logind) == 1, "%s", sim_log(sim));
+	must_stop(sim);
+}
+
 /* systemctl loads a kernel itself, just before it asks logind. */
 Test(inhibit, an_image_is_looked_at_when_a_kexec_is_announced)
 {

@@ -359,6 +359,8 @@ struct kho_workload_file {
  * @claim_sec: how long a claim is waited for after a handover; 0: for ever
  * @claim_left_sec: of that, in this kernel; 0: nothing ends by itself
  * @may_lose_irq: interrupts that its devices cannot keep pending may get lost
+ * @obstacle: of a leased one, from kho_client_show() by root: why a handover would not take it along
+ *	if it came now, or ""
  * @n_files: files in it
  * @bytes: sum of their sizes
  * @files: @n_files of them; NULL unless from kho_client_show()
@@ -381,6 +383,7 @@ struct kho_workload {
 	uint32_t claim_sec;
 	uint32_t claim_left_sec;
 	bool may_lose_irq;
+	const char *obstacle;
 	size_t n_files;
 	uint64_t bytes;
 	const struct kho_workload_file *files;

@@ -118,11 +118,13 @@ enum kho_translation_mode {
  * @mode: how it translates; if that is unknown there is nothing else
  * @unit: number of the IOMMU, N of dmarN
  * @domain_id: by which the IOMMU knows the page table; another one after each replace
+ * @hitless: the device can be moved to another page table with no DMA discarded
  */
 struct kho_translation {
 	enum kho_translation_mode mode;
 	uint32_t unit;
 	uint32_t domain_id;
+	bool hitless;
 };
 
 /** kho_translation_mode_name() - "legacy" etc.; "unknown" for every other value; static */

@@ -118,6 +118,18 @@ int kho_iommufd_translation(struct kho *kho, int iommufd, uint32_t dev_id,
 			    struct kho_translation *translation, struct kho_error **err);
 
 /**
+ * kho_iommufd_hitless() - can a device be moved to another page table with no DMA discarded?
+ * @kho: handle
+ * @iommufd: the context, borrowed; may be preserved
+ * @dev_id: the device, which has an IOMMU
+ * @err: error
+ *
+ * IOMMU_HW_CAP_HITLESS_REPLACE of IOMMU_GET_HW_INFO. A device that cannot is refused at preserve.
+ * Return: 1 it can, 0, -ENOENT, -errno.
+ */
+int kho_iommufd_hitless(struct kho *kho, int iommufd, uint32_t dev_id, struct kho_error **err);
+
+/**
  * kho_iommufd_obstacle() - why could a context not be preserved, or a device not be moved?
  * @kho: handle
  * @iommufd: the context, borrowed

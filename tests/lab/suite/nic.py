@@ -106,8 +106,10 @@ def judge_translation(ctx, vm, machine):
     used = domain_ids(vm)
     said, mode = TRANSLATIONS[machine]
     expect(len(set(used)) > 1, f"one domain id before and after the replace: {set(used)}")
-    expect(t == {"mode": mode, "iommu": "dmar0", "domain_id": used[-1]},
+    expect(t == {"mode": mode, "iommu": "dmar0", "domain_id": used[-1], "hitless": True},
            f"{t}, and QEMU's IOMMU translates with domain id {used[-1]}")
+    preflight = vm.run("khoctl preflight", check=False).out
+    expect("behind dmar0: its page table is replaced without a gap" in preflight, preflight)
     said = f"by dmar0 in {said}{' mode' if mode == 'legacy' else ''}, domain id {used[-1]}"
     expect(said in text, f"khoctl show does not say '{said}': {text}")
     ctx.figure("translated", said)
