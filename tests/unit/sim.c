@@ -1051,6 +1051,19 @@ bool sim_khod_comes_to_fds(struct sim *s, size_t n)
 	return false;
 }
 
+size_t sim_khod_fds_at_rest(struct sim *s)
+{
+	size_t least = SIZE_MAX;
+
+	for (int i = 0; i < 10; i++) {
+		size_t n = sim_khod_fds(s);
+
+		least = n < least ? n : least;
+		usleep(10000);
+	}
+	return least;
+}
+
 struct simdev *sim_lock_devices(struct sim *s)
 {
 	settle(s);

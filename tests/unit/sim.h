@@ -73,6 +73,8 @@ size_t sim_sessions(struct sim *s, bool incoming);
 size_t sim_khod_fds(struct sim *s);
 /* Does khod come to have as many within 10 s? It closes those of clients on threads. */
 bool sim_khod_comes_to_fds(struct sim *s, size_t n);
+/* The least that it has in a tenth of a second, as it closes some a moment later. */
+size_t sim_khod_fds_at_rest(struct sim *s);
 /* What khod wrote to stderr since sim_new(), terminated. */
 const char *sim_log(struct sim *s);
 

@@ -958,6 +958,7 @@ static bool fail_start(int n, bool refuse, enum kho_outcome *end)
 {
 	enum kho_outcome outcome = 0;
 	char fail[32], reason[600];
+	size_t fds, clean;
 	bool fired;
 	int state;
 
@@ -974,10 +975,18 @@ static bool fail_start(int n, bool refuse, enum kho_outcome *end)
 	 * they run, and have a table. */
 	if (state == 0 || (state == KHO_WORKLOAD_FAILED && outcome != KHO_OUTCOME_QUIESCED))
 		devices_are(true, NULL);
+	fds = sim_khod_fds_at_rest(sim);
 	must_stop(sim);
 	must_start(sim);
 	*end = must_rest(fail);
 	cr_assert(handovers == 1);
+	/*
+	 * It has no more than one that had nothing to do, or those of all five files: of a kernel that
+	 * did not say whether it would give them back.
+	 */
+	clean = sim_khod_fds_at_rest(sim);
+	cr_assert(state != KHO_WORKLOAD_HELD || fds <= clean || fds == clean + 5,
+		  "call %d: %zu descriptors, then %zu", n, fds, clean);
 	must_claim(&known);
 	must_stop(sim);
 	again();

@@ -985,6 +985,7 @@ Test(handover, fail_nth)
 		struct operator o = {};
 		struct client c;
 		char fail[32];
+		size_t fds;
 		bool done;
 
 		snprintf(fail, sizeof(fail), "%d:%d", n, n % 2 ? ENOMEM : EIO);
@@ -998,10 +999,13 @@ Test(handover, fail_nth)
 			cr_assert(is_free(&c), "call %d: leased, and not free\n%s", n, sim_log(sim));
 		c.k = kho_client_free(c.k);
 		usleep(30000);
+		fds = state_of("vm") == 0 ? sim_khod_fds_at_rest(sim) : 0;
 		/* A new khod, for the look for the device at its start, too. */
 		must_stop(sim);
 		must_start(sim);
 		cr_assert(state_of("vm") == 0, "call %d: the lease outlives its client\n%s", n, sim_log(sim));
+		cr_assert(fds <= sim_khod_fds_at_rest(sim), "call %d: %zu descriptors, then %zu", n, fds,
+			  sim_khod_fds(sim));
 		cr_assert(is_free(&c), "call %d\n%s", n, sim_log(sim));
 		must_lease(&c, &lease);
 		preserve(&o);

@@ -171,7 +171,7 @@ def kunit_of_io_page_tables(ctx):
     passed = {}
     for unpatched in (True, False):
         with ctx.vm(kernel=ctx.kernel("kunit", unpatched), init="bare", memory="1G",
-                    cpus=1, name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
+                    append="kunit.autorun=1", cpus=1, name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
             vm.ready(900)
             found = [re.search(r"# Totals: pass:(\d+) fail:(\d+) skip:(\d+)", x) for x in vm.console.lines]
             totals = [tuple(map(int, m.groups())) for m in found if m]
