@@ -274,7 +274,9 @@ static void refuse(struct khod *k)
 static void on_prepared(struct khod *k, void *userdata, int r, const char *object,
 			const char *reason)
 {
-	if (r < 0)
+	if (r >= 0)
+		adopt_rest(k);
+	if (r < 0 || (!k->inhibit.known && inhibit_obstacle(k)))
 		refuse(k);
 	else
 		lock_drop(k, &k->inhibit.delay);
@@ -294,18 +296,18 @@ static bool image_refuses(struct khod *k)
 	return true;
 }
 
-/* The time is shared with what comes after the last answer. */
+/*
+ * The time is shared with what comes after the last answer. What came over the last kexec and has not been
+ * preserved again is, in the meantime.
+ */
 static void prepare(struct khod *k)
 {
-	/* Who goes past the block lock (systemctl kexec -i) knows of this one. */
-	const struct workload *known = inhibit_obstacle(k);
 	struct kho_error *err = NULL;
-	bool refused = image_refuses(k);
 	int r;
 
-	if (!refused)
-		adopt_rest(k);
-	if (refused || (!known && inhibit_obstacle(k))) {
+	/* Who goes past the block lock (systemctl kexec -i) knows of this one. */
+	k->inhibit.known = inhibit_obstacle(k) != NULL;
+	if (image_refuses(k)) {
 		refuse(k);
 		return;
 	}
@@ -313,6 +315,7 @@ static void prepare(struct khod *k)
 	kho_error_free(err);
 	/* The operator's own is under way: when that has ended, the lock goes (handover_ended). */
 	k->inhibit.waiting = r == -EBUSY;
+	adopt_rest(k);
 }
 
 void inhibit_handover_ended(struct khod *k, int r)

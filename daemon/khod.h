@@ -179,6 +179,7 @@ struct inhibit_lock {
  * @look: to look at the loaded kernel again
  * @delay_msec: how long logind waits for @delay
  * @shutdown: logind has announced one, and has not said that it is over
+ * @known: an obstacle was there when it was announced
  * @waiting: it waits for a handover that somebody else has begun
  * @inherited: @delay is from the khod before this one: what logind is about to do is not known
  */
@@ -190,6 +191,7 @@ struct inhibit {
 	sd_event_source *look;
 	uint32_t delay_msec;
 	bool shutdown;
+	bool known;
 	bool waiting;
 	bool inherited;
 };

@@ -237,6 +237,16 @@ void json_graph(struct json *j, const struct kho_image *image)
 	json_close(j, ']');
 }
 
+const char *survival_name(enum kho_survival survival)
+{
+	return survival == KHO_SURVIVAL_BEST_EFFORT ? "best-effort" : "must-survive";
+}
+
+const char *restore_failure_name(enum kho_restore_failure failure)
+{
+	return failure == KHO_RESTORE_FAILURE_RELEASE ? "release" : "quiesce";
+}
+
 const char *outcome_name(enum kho_outcome outcome)
 {
 	return outcome == KHO_OUTCOME_RESTORED ? "restored" :

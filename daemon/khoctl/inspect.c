@@ -23,6 +23,8 @@ static void print_json(const struct kho_image *image)
 	json_u64(&j, "registered_usec", kho_image_registered_usec(image));
 	json_u64(&j, "handovers", kho_image_handovers(image));
 	json_bool(&j, "claim_secret", kho_image_has_secret(image));
+	json_string(&j, "survival", survival_name(kho_image_survival(image)));
+	json_string(&j, "restore_failure", restore_failure_name(kho_image_restore_failure(image)));
 	json_u64(&j, "claim_sec", kho_image_claim_sec(image));
 	json_bool(&j, "may_lose_irq", kho_image_may_lose_irq(image));
 	json_open(&j, "files", '[');
@@ -58,6 +60,9 @@ static void print_text(const struct kho_image *image)
 	printf("  owner       uid %" PRIu32 "%s%s%s\n", kho_image_uid(image),
 	       kho_image_unit(image)[0] ? ", " : "", kho_image_unit(image),
 	       kho_image_has_secret(image) ? ", or the claim secret" : "");
+	printf("  policy      %s; if a restore fails: %s%s\n", survival_name(kho_image_survival(image)),
+	       restore_failure_name(kho_image_restore_failure(image)),
+	       kho_image_may_lose_irq(image) ? "; interrupts may get lost" : "");
 	printf("  registered  %s\n", human_time(kho_image_registered_usec(image), buf));
 	printf("  handovers   %" PRIu32 "\n", kho_image_handovers(image));
 	if (kho_image_claim_sec(image))

@@ -101,6 +101,10 @@ void json_bool(struct json *j, const char *key, bool value);
 void print_graph(const struct kho_image *image);
 /** json_graph() - the same as "contexts" */
 void json_graph(struct json *j, const struct kho_image *image);
+/** survival_name() - "must-survive" or "best-effort" */
+const char *survival_name(enum kho_survival survival);
+/** restore_failure_name() - "quiesce" or "release" */
+const char *restore_failure_name(enum kho_restore_failure failure);
 /** outcome_name() - "restored" etc. */
 const char *outcome_name(enum kho_outcome outcome);
 

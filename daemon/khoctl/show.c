@@ -3,16 +3,6 @@
 
 #include "khoctl.h"
 
-static const char *survival(const struct kho_workload *w)
-{
-	return w->survival == KHO_SURVIVAL_BEST_EFFORT ? "best-effort" : "must-survive";
-}
-
-static const char *restore_failure(const struct kho_workload *w)
-{
-	return w->restore_failure == KHO_RESTORE_FAILURE_RELEASE ? "release" : "quiesce";
-}
-
 static void print_json(const struct kho_workload *w, const struct kho_image *image)
 {
 	struct json j = { .f = stdout };
@@ -29,8 +19,9 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 	json_u64(&j, "registered_usec", w->registered_usec);
 	json_bool(&j, "claim_secret", w->secret);
 	json_string(&j, "reason", w->reason);
-	json_string(&j, "survival", survival(w));
-	json_string(&j, "restore_failure", restore_failure(w));
+	json_string(&j, "obstacle", w->obstacle);
+	json_string(&j, "survival", survival_name(w->survival));
+	json_string(&j, "restore_failure", restore_failure_name(w->restore_failure));
 	json_u64(&j, "claim_sec", w->claim_sec);
 	json_u64(&j, "claim_left_sec", w->claim_left_sec);
 	json_bool(&j, "may_lose_irq", w->may_lose_irq);
@@ -60,14 +51,16 @@ static void print_text(const struct kho_workload *w, const struct kho_image *ima
 	printf("%s (%s)\n", w->name, kho_workload_state_name(w->state));
 	if (w->reason[0])
 		printf("  reason      %s\n", w->reason);
+	if (w->obstacle[0])
+		printf("  obstacle    %s\n", w->obstacle);
 	if (w->outcome != KHO_OUTCOME_NONE)
 		printf("  devices     %s by the last handover%s%s\n", outcome_name(w->outcome),
 		       w->outcome_reason[0] ? ": " : "", w->outcome_reason);
 	if (w->uid != UINT32_MAX)
 		printf("  owner       uid %" PRIu32 "%s%s%s\n", w->uid, w->unit[0] ? ", " : "",
 		       w->unit, w->secret ? ", or the claim secret" : "");
-	printf("  policy      %s%s; if a restore fails: %s%s\n", survival(w),
-	       w->prepare ? ", asked before a handover" : "", restore_failure(w),
+	printf("  policy      %s%s; if a restore fails: %s%s\n", survival_name(w->survival),
+	       w->prepare ? ", asked before a handover" : "", restore_failure_name(w->restore_failure),
 	       w->may_lose_irq ? "; interrupts may get lost" : "");
 	if (w->claim_sec)
 		printf("  claim       within %" PRIu32 " s of a handover, or the same\n", w->claim_sec);

@@ -193,7 +193,9 @@ Test(khoctl, inspect)
 	must(1, "truncated", "head -c 200 %s/golden/image-v1 > cut; K inspect cut",
 	     getenv("UNIT_SRC"));
 	must(1, "wrong magic", "head -c 300 /dev/zero > zero; K inspect zero");
-	must(1, "nothere", "K inspect nothere; exit 1");
+	must(1, "nothere", "K inspect nothere");
+	must(0, "policy      best-effort; if a restore fails: release", "K inspect %s/golden/image-v1-policy",
+	     getenv("UNIT_SRC"));
 }
 
 Test(khoctl, preflight)

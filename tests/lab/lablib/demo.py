@@ -65,6 +65,8 @@ def main(machine: str) -> int:
         bars = vm.run("khoctl timeline --svg /lab/timeline.svg").out
         svg.write_text((vm.share / "timeline.svg").read_text())
         print(page(c, IOMMUS[machine], bars, svg, vm.dir))
+        if c.old == c.new or not c.dma_in(c.dark):
+            raise LabError(f"{c.old}, then {c.new}: {c.dma_in(c.dark)} packets landed in the blackout")
         if not c.sent == len(c.dma) == c.seen or c.lost or c.duplicates:
             raise LabError(f"{c.sent} packets were sent, {len(c.dma)} landed, the driver saw {c.seen}, "
                            f"{c.lost} are missing and {c.duplicates} came twice")
