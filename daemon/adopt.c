@@ -1104,6 +1104,12 @@ static void rest_of(struct khod *k, struct workload *w)
 	settle(k, g, r < 0 ? r : BROUGHT);
 }
 
+void adopt_rest_of(struct khod *k, struct workload *w)
+{
+	if (w->brought)
+		rest_of(k, w);
+}
+
 /* Those with devices first: a kexec that nobody waits with would stop them. */
 static struct workload *next_rest(struct khod *k)
 {
@@ -1313,8 +1319,7 @@ int workload_give_up(struct khod *k, struct workload *w, const char *why, struct
 	_cleanup_image_ struct kho_image *left = NULL;
 	int r;
 
-	if (w->brought)
-		rest_of(k, w);
+	adopt_rest_of(k, w);
 	if (w->state == WORKLOAD_FAILED)
 		return kho_error_new(err, EIO, w->name, "%s", workload_reason(w));
 	FAULT(EXPIRE_BEGIN);

@@ -258,6 +258,40 @@ int workload_register(struct khod *k, const struct registration *reg, const stru
 		      struct workload **ret, struct kho_error **err);
 
 /**
+ * workload_new_image() - may it be registered, and the image that it will have
+ * @old: the lease that it replaces; NULL: none
+ *
+ * Return: 0, -errno.
+ */
+int workload_new_image(struct khod *k, const struct registration *reg, const struct identity *who,
+		       const struct workload *old, struct kho_image **ret, struct kho_error **err);
+/** workload_dup_fds() - descriptors of khod's own; NULL: *@ret says why */
+int *workload_dup_fds(struct khod *k, const int *fds, size_t n, int *ret);
+/** workload_close_fds() - and free the array; NULL is allowed */
+void workload_close_fds(struct khod *k, int *fds, size_t n);
+
+/* lease.c */
+/** lease_memory() - what a lease holds between handovers, in a session that it has not yet. Return: 0, -errno. */
+int lease_memory(struct khod *k, struct workload *w, struct kho_error **err);
+/**
+ * lease_update() - other files, and another policy, for a lease
+ * @w: leased
+ * @reg: as if it were registered now
+ *
+ * Return: 0, -EBUSY (a handover is being prepared), -errno: it is what it was.
+ */
+int lease_update(struct khod *k, struct workload *w, const struct registration *reg,
+		 const struct identity *who, struct kho_error **err);
+/**
+ * lease_claimed() - instead of the end of custody: a lease of who has claimed it
+ * @w: at rest, and its client has all of it
+ * @policy: what belongs to files in it is not looked at
+ *
+ * Return: 0, -EPERM, -EBUSY, -errno: it is held as before.
+ */
+int lease_claimed(struct khod *k, struct workload *w, const struct registration *policy,
+		  const struct identity *who, struct kho_error **err);
+/**
  * workload_commit() - preserve all of a leased workload: it is held then
  *
  * Return: 0, or -errno: then it is leased as before.
@@ -301,6 +335,11 @@ enum custody_end { CUSTODY_CLAIMED, CUSTODY_RELEASED, CUSTODY_LEASE_ENDED };
 int workload_end(struct khod *k, struct workload *w, enum custody_end how,
 		 struct kho_error **err);
 
+/* Its memfds; and what comes after them. As workload_preserve(). */
+int workload_preserve_memory(struct khod *k, struct workload *w, const int *fds, bool again,
+			     struct kho_error **err);
+int workload_preserve_devices(struct khod *k, struct workload *w, const int *fds, bool again,
+			      struct kho_error **err);
 /**
  * workload_preserve() - all of its files into its session, memory before what maps it
  * @fds: one per file, borrowed
@@ -397,6 +436,8 @@ void adopt(struct khod *k, struct passed *passed, size_t n);
  * Workloads do not wait for that. They can be claimed afterwards.
  */
 void adopt_secure(struct khod *k);
+/** adopt_rest_of() - preserve it once more, for the next kexec, if it has not been yet; it may fail */
+void adopt_rest_of(struct khod *k, struct workload *w);
 /** adopt_rest() - preserve once more, for the next kexec, what has not been yet */
 void adopt_rest(struct khod *k);
 /** adopt_rest_later() - the same, when this machine has started; what needs it does not wait for that */
@@ -446,6 +487,8 @@ int session_new(struct khod *k, const char *name, char origin, char ret[KHO_LUO_
 /** session_parse() - is @session one of ours? then the workload's name and the origin */
 bool session_parse(const char *session, char name[KHO_NAME_MAX + 1], char *origin);
 void session_fdname(const char *session, char fdname[FDSTORE_NAME_MAX]);
+/** session_discard() - the session of a workload with all that is in it, which is unpreserved. Return: 0, -errno. */
+int session_discard(struct khod *k, struct workload *w, struct kho_error **err);
 /** session_await_end() - after the last close of our own: wait until nothing has it any more */
 void session_await_end(struct khod *k, const char *session);
 /** session_open() - an outgoing session for the workload, in the fd store */

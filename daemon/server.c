@@ -43,6 +43,7 @@ struct packet {
 /* A registration that comes in more than one packet. */
 struct pending {
 	char name[KHO_NAME_MAX + 1];
+	bool update;
 	struct registration reg;	/* without what is below */
 	uint8_t secret[KHO_SECRET_MAX];
 	size_t secret_size;
@@ -373,6 +374,27 @@ static int take_policy(const Kho__Control__Policy *p, struct registration *reg)
 	return 0;
 }
 
+/* From now on @c is asked before a handover, and its process is what runs until one. */
+static void belongs_to(struct connection *c, struct workload *w, bool prepare)
+{
+	w->client = prepare ? c : NULL;
+	if (c->pidfd >= 0)
+		timeline_watch(c->k, w, c->pidfd);
+	inhibit_update(c->k);
+}
+
+static int update_lease(struct connection *c, const struct pending *p, struct workload **w,
+			struct kho_error **err)
+{
+	*w = workload_find(c->k, p->name);
+	if (!*w || (*w)->client != c || !(*w)->lease)
+		return kho_error_new(err, ENOENT, p->name[0] ? p->name : "workload",
+				     "this connection has no lease of that name");
+	if (!p->reg.lease)
+		return kho_error_new(err, EINVAL, p->name, "a lease can be replaced by a lease only");
+	return lease_update(c->k, *w, &p->reg, &c->who, err);
+}
+
 static int on_register(struct connection *c, uint64_t serial, const Kho__Control__Register *q,
 		       int *fds, size_t *n_fds)
 {
@@ -401,6 +423,7 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		if (q->claim_secret.len > 0)
 			memcpy(p->secret, q->claim_secret.data, q->claim_secret.len);
 		p->secret_size = q->claim_secret.len;
+		p->update = q->update;
 	} else if (strcmp(p->name, q->name) != 0) {
 		return garbage(c, serial, EPROTO, "REGISTER goes on under another name");
 	}
@@ -418,14 +441,12 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 	p->reg.names = p->names;
 	p->reg.fds = p->fds;
 	p->reg.n = p->n;
-	r = workload_register(c->k, &p->reg, &c->who, &w, &err);
+	r = p->update ? update_lease(c, p, &w, &err) :
+			workload_register(c->k, &p->reg, &c->who, &w, &err);
 	if (r < 0) {
-		r = reply_refusal(c, serial, "register", p->name, r, &err);
+		r = reply_refusal(c, serial, p->update ? "update" : "register", p->name, r, &err);
 	} else {
-		w->client = p->reg.prepare ? c : NULL;
-		if (c->pidfd >= 0)
-			timeline_watch(c->k, w, c->pidfd);
-		inhibit_update(c->k);
+		belongs_to(c, w, p->reg.prepare);
 		done.name = w->name;
 		done.files = workload_n_files(w);
 		done.session = w->session_name;
@@ -601,6 +622,7 @@ static int reply_done(struct connection *c, uint64_t serial)
 
 static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Control__ClaimAck *q)
 {
+	struct registration reg = {};
 	struct kho_error *err = NULL;
 	struct workload *w = c->claiming;
 	char name[KHO_NAME_MAX + 1];
@@ -609,8 +631,19 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 	if (!w || strcmp(w->name, q->name) != 0)
 		return garbage(c, serial, EPROTO, "CLAIM_ACK without its CLAIM");
 	strcpy(name, w->name);
+	r = take_policy(q->policy, &reg);
+	if (r < 0)
+		return garbage(c, serial, EOPNOTSUPP, "CLAIM_ACK asks for a policy that this khod does not know");
 	c->claiming = NULL;
 	w->state = w->reason ? WORKLOAD_FAILED : WORKLOAD_HELD;
+	if (reg.lease) {
+		r = lease_claimed(c->k, w, &reg, &c->who, &err);
+		if (r < 0)
+			return reply_refusal(c, serial, "lease", name, r, &err);
+		belongs_to(c, w, true);
+		deadline_update(c->k);
+		return reply_done(c, serial);
+	}
 	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
 	if (r < 0)
 		return reply_refusal(c, serial, "end the custody of", name, r, &err);

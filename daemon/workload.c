@@ -18,11 +18,7 @@
  * descriptor is, khod finds out for itself; what the kernel refuses is passed on by name,
  * with the reason it gives. After a kexec adopt.c restores such a workload.
  *
- * Lease: only the memfds are preserved when it is registered, which is what takes long; its
- * mappings can be changed. The rest is done when a handover is prepared (handover.c), and
- * undone by a new session, as LUO gives up single files of a session only together. A khod
- * that dies before the commit leaves a session without an image, which the next one discards:
- * the client, without which there is no lease, has all descriptors, and registers again.
+ * A lease (lease.c) is preserved for a handover only.
  *
  * Claim: send descriptors, wait for the acknowledgement, take the session out of the
  * store, close it. Until the acknowledgement nothing has changed; after the session
@@ -84,16 +80,13 @@ void workload_free(struct khod *k, struct workload *w)
 			break;
 		}
 	adopt_forget(w);
-	if (w->fds)
-		for (size_t i = 0; i < workload_n_files(w); i++)
-			kho_close(k->kho, w->fds[i]);
+	workload_close_fds(k, w->fds, workload_n_files(w));
 	for (size_t i = 0; i < w->n_stored; i++)
 		if (w->stored[i].fd != w->session)
 			kho_close(k->kho, w->stored[i].fd);
 	kho_close(k->kho, w->session);
 	kho_image_free(w->image);
 	sd_event_source_disable_unref(w->watch);
-	free(w->fds);
 	free(w->stored);
 	free(w->reason);
 	free(w);
@@ -322,14 +315,16 @@ bool workload_must(const struct workload *w)
 	return !w->image || kho_image_survival(w->image) == KHO_SURVIVAL_MUST;
 }
 
-static int quota_check(struct khod *k, uid_t uid, size_t n_files, struct kho_error **err)
+/* @old: goes for it; NULL: none. */
+static int quota_check(struct khod *k, uid_t uid, size_t n_files, const struct workload *old,
+		       struct kho_error **err)
 {
 	size_t workloads = 0, files = 0;
 	size_t max_w = uid ? MAX_WORKLOADS_UID : MAX_WORKLOADS_ROOT;
 	size_t max_f = uid ? MAX_FILES_UID : MAX_FILES_ROOT;
 
 	for (struct workload *w = k->workloads; w; w = w->next) {
-		if (!w->image || kho_image_uid(w->image) != uid)
+		if (w == old || !w->image || kho_image_uid(w->image) != uid)
 			continue;
 		workloads++;
 		files += workload_n_files(w);
@@ -343,7 +338,8 @@ static int quota_check(struct khod *k, uid_t uid, size_t n_files, struct kho_err
 	return 0;
 }
 
-static int quota_check_bytes(struct khod *k, const struct kho_image *image, struct kho_error **err)
+static int quota_check_bytes(struct khod *k, const struct kho_image *image, const struct workload *old,
+			     struct kho_error **err)
 {
 	uint64_t bytes = kho_image_bytes(image);
 	uid_t uid = kho_image_uid(image);
@@ -351,7 +347,7 @@ static int quota_check_bytes(struct khod *k, const struct kho_image *image, stru
 	if (uid == 0)
 		return 0;
 	for (struct workload *w = k->workloads; w; w = w->next)
-		if (w->image && kho_image_uid(w->image) == uid)
+		if (w != old && w->image && kho_image_uid(w->image) == uid)
 			bytes += workload_bytes(w);
 	if (bytes > k->user_bytes)
 		return kho_error_new(err, EDQUOT, "user",
@@ -408,24 +404,27 @@ static int build_image(struct khod *k, const struct registration *reg, const str
 	return 0;
 }
 
-/* Descriptors of khod's own. Return: 0, -errno: then there are none. */
-static int dup_fds(struct khod *k, struct workload *w, const int *fds, size_t n)
+int *workload_dup_fds(struct khod *k, const int *fds, size_t n, int *ret)
 {
-	int r = -ENOMEM;
+	int *copy = malloc((n + 1) * sizeof(int));
 
-	w->fds = malloc((n + 1) * sizeof(int));
-	for (size_t i = 0; w->fds && i < n; i++) {
-		r = kho_op(k->kho, fcntl, fds[i], F_DUPFD_CLOEXEC, 3);
-		if (r >= 0) {
-			w->fds[i] = r;
+	*ret = -ENOMEM;
+	for (size_t i = 0; copy && i < n; i++) {
+		copy[i] = kho_op(k->kho, fcntl, fds[i], F_DUPFD_CLOEXEC, 3);
+		if (copy[i] >= 0)
 			continue;
-		}
-		while (i > 0)
-			kho_close(k->kho, w->fds[--i]);
-		free(w->fds);
-		w->fds = NULL;
+		*ret = copy[i];
+		workload_close_fds(k, copy, i);
+		copy = NULL;
 	}
-	return w->fds ? 0 : r;
+	return copy;
+}
+
+void workload_close_fds(struct khod *k, int *fds, size_t n)
+{
+	for (size_t i = 0; fds && i < n; i++)
+		kho_close(k->kho, fds[i]);
+	free(fds);
 }
 
 /*
@@ -444,7 +443,8 @@ static void keep_fds(struct khod *k, struct workload *w, const int *fds, size_t 
 	if (r == -EINVAL)
 		k->retrieve_outgoing = false;
 
-	if (dup_fds(k, w, fds, n) < 0)
+	w->fds = workload_dup_fds(k, fds, n, &r);
+	if (!w->fds)
 		w->state = WORKLOAD_UNREADABLE;
 }
 
@@ -577,9 +577,14 @@ static int preserve_kind(struct khod *k, struct workload *w, const int *fds,
 	return 0;
 }
 
-/* What comes after the memory. */
-static int preserve_devices(struct khod *k, struct workload *w, const int *fds, bool again,
-			    struct kho_error **err)
+int workload_preserve_memory(struct khod *k, struct workload *w, const int *fds, bool again,
+			     struct kho_error **err)
+{
+	return preserve_kind(k, w, fds, KHO_FILE_MEMFD, again, err);
+}
+
+int workload_preserve_devices(struct khod *k, struct workload *w, const int *fds, bool again,
+			      struct kho_error **err)
 {
 	int r = preserve_kind(k, w, fds, KHO_FILE_IOMMUFD, again, err);
 
@@ -594,9 +599,9 @@ static int preserve_devices(struct khod *k, struct workload *w, const int *fds, 
 int workload_preserve(struct khod *k, struct workload *w, const int *fds, bool again,
 		      struct kho_error **err)
 {
-	int r = preserve_kind(k, w, fds, KHO_FILE_MEMFD, again, err);
+	int r = workload_preserve_memory(k, w, fds, again, err);
 
-	return r < 0 ? r : preserve_devices(k, w, fds, again, err);
+	return r < 0 ? r : workload_preserve_devices(k, w, fds, again, err);
 }
 
 int session_open(struct khod *k, struct workload *w, struct kho_error **err)
@@ -624,8 +629,8 @@ int session_open(struct khod *k, struct workload *w, struct kho_error **err)
 	return 0;
 }
 
-/* The session with all that is in it goes. Out of the store first: our own is the last then. */
-static int session_discard(struct khod *k, struct workload *w, struct kho_error **err)
+/* Out of the store first: our own is the last then. */
+int session_discard(struct khod *k, struct workload *w, struct kho_error **err)
 {
 	char fdname[FDSTORE_NAME_MAX];
 	int r;
@@ -643,57 +648,6 @@ static int session_discard(struct khod *k, struct workload *w, struct kho_error 
 	return 0;
 }
 
-/* What a lease holds between handovers. */
-static int lease_memory(struct khod *k, struct workload *w, struct kho_error **err)
-{
-	int r = session_open(k, w, err);
-
-	return r < 0 ? r : preserve_kind(k, w, w->fds, KHO_FILE_MEMFD, false, err);
-}
-
-int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err)
-{
-	_cleanup_error_ struct kho_error *e = NULL;
-	_cleanup_free_ char *text = NULL;
-	int r;
-
-	r = session_discard(k, w, err);
-	if (r < 0)
-		return kho_error_new(err, r, w->name, "is still preserved");
-	w->state = WORKLOAD_LEASED;
-	(void)kho_image_set_graph(w->image, NULL, NULL);
-	r = lease_memory(k, w, &e);
-	if (r >= 0) {
-		FAULT(ABORT_UNDONE);
-		return 0;
-	}
-	/* The next handover begins with it. */
-	(void)session_discard(k, w, NULL);
-	text = kho_error_format(e, r);
-	log_event(LOG_WARNING, NULL, w->name, "The memory of %s is not preserved ahead of time: %s.",
-		  w->name, text ? text : strerror(-r));
-	return 0;
-}
-
-int workload_commit(struct khod *k, struct workload *w, struct kho_error **err)
-{
-	int r = w->session < 0 ? lease_memory(k, w, err) : 0;
-
-	if (r >= 0)
-		r = preserve_devices(k, w, w->fds, false, err);
-	if (r >= 0)
-		r = image_commit(k, w->image, w->session, err);
-	khod_idle(k);
-	if (r < 0) {
-		(void)workload_uncommit(k, w, NULL);
-		return r;
-	}
-	FAULT(REGISTER_IMAGE_PRESERVED);
-	w->state = WORKLOAD_HELD;
-	khod_status_line(k);
-	return 0;
-}
-
 /* Preserved now, or for a lease: as much of it as there is between handovers. */
 static int take(struct khod *k, struct workload *w, const struct registration *reg,
 		struct kho_error **err)
@@ -701,8 +655,8 @@ static int take(struct khod *k, struct workload *w, const struct registration *r
 	int r;
 
 	if (reg->lease) {
-		r = dup_fds(k, w, reg->fds, reg->n);
-		if (r < 0)
+		w->fds = workload_dup_fds(k, reg->fds, reg->n, &r);
+		if (!w->fds)
 			return kho_error_new(err, r, w->name, "%s", strerror(-r));
 		r = lease_memory(k, w, err);
 		if (r < 0)
@@ -725,7 +679,7 @@ static int take(struct khod *k, struct workload *w, const struct registration *r
 }
 
 static int register_check(struct khod *k, const struct registration *reg,
-			  const struct identity *who, struct kho_error **err)
+			  const struct identity *who, const struct workload *old, struct kho_error **err)
 {
 	const char *name = reg->name;
 	int r;
@@ -734,7 +688,7 @@ static int register_check(struct khod *k, const struct registration *reg,
 		return kho_error_new(err, EINVAL, "workload",
 				     "a name has 1 to %d of A-Z a-z 0-9 _ . @ - and does not begin with . or -",
 				     KHO_NAME_MAX);
-	if (workload_find(k, name))
+	if (workload_find(k, name) != old)
 		return kho_error_new(err, EEXIST, name,
 				     "the name is in use: claim or release that workload, or choose another name");
 	if (reg->n == 0)
@@ -748,7 +702,7 @@ static int register_check(struct khod *k, const struct registration *reg,
 	if (k->handover.asking && (reg->lease || reg->prepare))
 		return kho_error_new(err, EBUSY, name,
 				     "a handover is being prepared just now: try again when it has been given up, or in the next kernel");
-	r = quota_check(k, who->uid, reg->n, err);
+	r = quota_check(k, who->uid, reg->n, old, err);
 	if (r < 0)
 		return r;
 	/*
@@ -764,22 +718,31 @@ static int register_check(struct khod *k, const struct registration *reg,
 	return 0;
 }
 
+int workload_new_image(struct khod *k, const struct registration *reg, const struct identity *who,
+		       const struct workload *old, struct kho_image **ret, struct kho_error **err)
+{
+	_cleanup_image_ struct kho_image *image = NULL;
+	int r = register_check(k, reg, who, old, err);
+
+	if (r >= 0)
+		r = build_image(k, reg, who, &image, err);
+	if (r >= 0)
+		r = quota_check_bytes(k, image, old, err);
+	if (r >= 0)
+		*ret = TAKE_PTR(image);
+	return r;
+}
+
 int workload_register(struct khod *k, const struct registration *reg, const struct identity *who,
 		      struct workload **ret, struct kho_error **err)
 {
 	_cleanup_image_ struct kho_image *image = NULL;
 	const char *name = reg->name;
 	struct workload *w;
-	int r;
+	int r = workload_new_image(k, reg, who, NULL, &image, err);
 
-	r = register_check(k, reg, who, err);
-	if (r >= 0)
-		r = build_image(k, reg, who, &image, err);
-	if (r >= 0)
-		r = quota_check_bytes(k, image, err);
 	if (r < 0)
 		return r;
-
 	w = workload_new(k, name);
 	if (!w)
 		return kho_error_new(err, ENOMEM, name, "out of memory");

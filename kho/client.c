@@ -283,10 +283,10 @@ static void policy_to_wire(const struct kho_policy *policy, Kho__Control__Policy
 	w->may_lose_irq = policy->may_lose_irq;
 }
 
-int kho_client_register_policy(struct kho_client *client, const char *name,
-			       const struct kho_client_file *files, size_t n_files,
-			       const void *secret, size_t secret_size,
-			       const struct kho_policy *policy, struct kho_error **err)
+static int register_files(struct kho_client *client, const char *name,
+			  const struct kho_client_file *files, size_t n_files, const void *secret,
+			  size_t secret_size, const struct kho_policy *policy, bool update,
+			  struct kho_error **err)
 {
 	static const struct kho_policy none;
 	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
@@ -327,6 +327,7 @@ int kho_client_register_policy(struct kho_client *client, const char *name,
 			reg.policy = &wanted;
 			reg.claim_secret.data = (uint8_t *)secret;
 			reg.claim_secret.len = secret ? secret_size : 0;
+			reg.update = update;
 		}
 		q.body_case = KHO__CONTROL__REQUEST__BODY_REGISTRATION;
 		q.registration = &reg;
@@ -336,6 +337,21 @@ int kho_client_register_policy(struct kho_client *client, const char *name,
 		done += n;
 	}
 	return recv_reply(client, KHO__CONTROL__REPLY__BODY_REGISTERED, &a, NULL, NULL, err);
+}
+
+int kho_client_register_policy(struct kho_client *client, const char *name,
+			       const struct kho_client_file *files, size_t n_files,
+			       const void *secret, size_t secret_size,
+			       const struct kho_policy *policy, struct kho_error **err)
+{
+	return register_files(client, name, files, n_files, secret, secret_size, policy, false, err);
+}
+
+int kho_client_update(struct kho_client *client, const char *name,
+		      const struct kho_client_file *files, size_t n_files, const void *secret,
+		      size_t secret_size, const struct kho_policy *policy, struct kho_error **err)
+{
+	return register_files(client, name, files, n_files, secret, secret_size, policy, true, err);
 }
 
 int kho_client_fd(const struct kho_client *client)
@@ -701,9 +717,21 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
 int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
 			 struct kho_error **err)
 {
+	return kho_client_claim_lease(client, claim, NULL, err);
+}
+
+int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
+			   const struct kho_policy *policy, struct kho_error **err)
+{
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__ClaimAck body = KHO__CONTROL__CLAIM_ACK__INIT;
+	Kho__Control__Policy wanted;
 
+	if (policy) {
+		policy_to_wire(policy, &wanted);
+		wanted.keep = KHO__CONTROL__KEEP_MODE__KEEP_LEASE;
+		body.policy = &wanted;
+	}
 	body.name = claim->name;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM_ACK;
 	q.claim_ack = &body;

@@ -27,7 +27,8 @@
  * --alone: without khod, to see what gets lost then.
  * --lease: registered so that mappings can be changed until khod asks to be ready for a
  *		handover. To show that, it maps a page of its memory once more every second until
- *		then, and the next instance looks if these came over, too.
+ *		then, and the next instance looks if these came over, too. A claim is acknowledged by
+ *		a lease then.
  * SIGTERM:	write the counts, exit. The device goes on: khod has it.
  *
  * The device's registers are not touched after a claim, but for the tail of the ring.
@@ -124,6 +125,7 @@ struct nic {
 	size_t n_ports;
 	uint32_t handovers;
 	bool lease, group;
+	bool registered;	/* with the acknowledgement of its claim */
 	uint32_t claim_sec;
 	int irq_index;		/* VFIO_PCI_*_IRQ_INDEX; -1: none are set up */
 	bool may_lose_irq;
@@ -426,17 +428,29 @@ static void take_memory(struct nic *n, struct kho_claim *claim)
 	n->handovers = kho_claim_handovers(claim);
 }
 
-static void acknowledge(struct nic *n, struct kho_claim *claim)
+static struct kho_policy policy_of(const struct nic *n)
 {
+	return (struct kho_policy){
+		.keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD,
+		.claim_sec = n->claim_sec,
+		.may_lose_irq = n->may_lose_irq,
+	};
+}
+
+/* @lease: khod goes on to have it, as a lease: no kexec can come before the next registration. */
+static void acknowledge(struct nic *n, struct kho_claim *claim, bool lease)
+{
+	struct kho_policy policy = policy_of(n);
 	struct kho_error *err = NULL;
-	int r = kho_client_claim_ack(n->client, claim, &err);
+	int r = lease ? kho_client_claim_lease(n->client, claim, &policy, &err) :
+			kho_client_claim_ack(n->client, claim, &err);
 
 	if (r < 0)
 		die("acknowledge", r, err);
+	n->registered = lease;
 	kho_claim_free(claim);
 }
 
-/* Take up the device where it is. It receives packets while this runs. */
 /* The first one of each device, to an eventfd that ends with this program. */
 static void set_irqs(struct nic *n)
 {
@@ -459,6 +473,7 @@ static void set_irqs(struct nic *n)
 	}
 }
 
+/* Take up the device where it is. It receives packets while this runs. */
 static void resume(struct nic *n, struct kho_claim *claim)
 {
 	take_memory(n, claim);
@@ -483,7 +498,7 @@ static void resume(struct nic *n, struct kho_claim *claim)
 		if (extra_address(n, i) != n->ports[0].state->at[0])
 			die("what was mapped later has not come over", -EFAULT, NULL);
 	/* Until here nothing has changed, and the next one could claim it. */
-	acknowledge(n, claim);
+	acknowledge(n, claim, n->lease);
 	for (size_t i = 0; i < n->n_ports; i++) {
 		struct port *p = &n->ports[i];
 
@@ -537,11 +552,7 @@ static void registration(struct nic *n)
 		{ .name = "memory", .fd = n->memfd },
 		{ .name = "iommufd", .fd = n->iommufd },
 	};
-	struct kho_policy policy = {
-		.keep = n->lease ? KHO_KEEP_LEASE : KHO_KEEP_HOLD,
-		.claim_sec = n->claim_sec,
-		.may_lose_irq = n->may_lose_irq,
-	};
+	struct kho_policy policy = policy_of(n);
 	struct kho_error *err = NULL;
 	int r;
 
@@ -645,6 +656,8 @@ int main(int argc, char **argv)
 			n.group = true;
 			break;
 		case 'i':
+			if (strcmp(optarg, "msix") != 0 && strcmp(optarg, "intx") != 0)
+				die("--interrupts is msix or intx", -EINVAL, NULL);
 			n.irq_index = strcmp(optarg, "msix") == 0 ? VFIO_PCI_MSIX_IRQ_INDEX :
 								     VFIO_PCI_INTX_IRQ_INDEX;
 			break;
@@ -687,7 +700,7 @@ int main(int argc, char **argv)
 		take_memory(&n, claim);
 		for (size_t i = 0; i < n.n_ports; i++)
 			n.ports[i].state->in_ring = receive_one(&n.ports[i]);
-		acknowledge(&n, claim);
+		acknowledge(&n, claim, false);
 		start(&n);
 	} else if (r == 0) {
 		resume(&n, claim);
@@ -700,7 +713,7 @@ int main(int argc, char **argv)
 	}
 	for (size_t i = 0; i < n.n_ports; i++)
 		n.ports[i].state->starts++;
-	if (!alone)
+	if (!alone && !n.registered)
 		registration(&n);
 	if (!n.lease)
 		n.client = kho_client_free(n.client);

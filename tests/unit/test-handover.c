@@ -215,7 +215,7 @@ static void abort_it(void)
 }
 
 /* In the next kernel: restored, with the memory. */
-static void must_come_back(const char *name, unsigned int seed)
+static void must_come_back_after(const char *name, unsigned int seed, uint32_t handovers)
 {
 	struct kho_client *c = dial(kho, sim);
 	struct kho_claim *claim = NULL;
@@ -223,7 +223,8 @@ static void must_come_back(const char *name, unsigned int seed)
 	bool found = false;
 
 	must(kho_client_claim(c, name, NULL, 0, &claim, &err), err, "claim");
-	cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED && kho_claim_handovers(claim) == 1);
+	cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED &&
+		  kho_claim_handovers(claim) == handovers);
 	for (size_t i = 0; i < kho_claim_n_files(claim); i++)
 		if (strcmp(kho_claim_name(claim, i), "memory") == 0)
 			found = check_memfd(kho_claim_fd(claim, i), SIZE, seed);
@@ -231,6 +232,11 @@ static void must_come_back(const char *name, unsigned int seed)
 	must(kho_client_claim_ack(c, claim, &err), err, "ack");
 	kho_claim_free(claim);
 	kho_client_free(c);
+}
+
+static void must_come_back(const char *name, unsigned int seed)
+{
+	must_come_back_after(name, seed, 1);
 }
 
 static void must_be_empty(void)
@@ -848,6 +854,162 @@ Test(handover, a_held_workload_may_veto)
 	must_come_back("vm-a", a.seed);
 	must_come_back("vm-b", b.seed);
 	must_stop(sim);
+}
+
+/* What belongs to a lease is replaced, all of it or nothing, and not while a handover is prepared. */
+Test(handover, a_lease_is_updated_at_once)
+{
+	struct kho_policy hold = { .keep = KHO_KEEP_HOLD };
+	struct kho_error *err = NULL;
+	struct kho_claim *claim = NULL;
+	struct kho_client *other;
+	struct operator o = {};
+	struct kho_event ev;
+	struct client a;
+	int more = make_memfd(SIZE, 99), p[2];
+
+	must_start(sim);
+	client_new(&a, "vm", "0000:01:00.0");
+	{
+		struct kho_client_file files[] = {
+			{ "device", a.dev }, { "iommufd", a.ctx }, { "memory", a.memfd }, { "more", more },
+		};
+		struct kho_client_file bad[] = {
+			{ "device", a.dev }, { "iommufd", a.ctx }, { "memory", a.memfd }, { "more", -1 },
+		};
+
+		cr_assert(pipe(p) == 0);
+		bad[3].fd = p[0];
+		a.k = dial(kho, sim);
+		cr_assert(kho_client_update(a.k, "vm", files, 4, NULL, 0, &lease, NULL) == -ENOENT);
+		must_lease(&a, &lease);
+		other = dial(kho, sim);
+		cr_assert(kho_client_update(other, "vm", files, 4, NULL, 0, &lease, NULL) == -ENOENT);
+		kho_client_free(other);
+		must(kho_iommufd_map_file(kho, a.ctx, a.ioas, more, 0, SIZE, IOVA + 16 * SIZE, 3, &err), err,
+		     "map");
+		preserve(&o);
+		must_event(&a, KHO_EVENT_PREPARE, &ev);
+		cr_assert(kho_client_update(a.k, "vm", files, 4, NULL, 0, &lease, &err) == -EBUSY);
+		err = kho_error_free(err);
+		cr_assert(kho_client_ready(a.k, &ev, NULL) == -EOPNOTSUPP);
+		wait_for(&o);
+		cr_assert(strstr(o.text, "iommufd: cannot be preserved"), "%s", o.text);
+		must_event(&a, KHO_EVENT_ABORTED, &ev);
+
+		must(kho_client_update(a.k, "vm", files, 4, NULL, 0, &lease, &err), err, "update");
+		cr_assert(is_free(&a) && state_of("vm") == KHO_WORKLOAD_LEASED);
+		cr_assert(kho_client_update(a.k, "vm", bad, 4, NULL, 0, &lease, &err) == -EMEDIUMTYPE &&
+			  strcmp(kho_error_object(err), "more") == 0);
+		err = kho_error_free(err);
+		cr_assert(kho_client_update(a.k, "vm", files, 4, NULL, 0, &hold, NULL) == -EINVAL);
+	}
+	cr_assert(is_free(&a) && state_of("vm") == KHO_WORKLOAD_LEASED && sim_store_count(sim) == 1);
+	preserve(&o);
+	must_be_ready(&a);
+	wait_for(&o);
+	cr_assert(o.r == 1, "%s", o.text);
+	client_exit(&a);
+	close(more);
+	must_stop(sim);
+	sim_kexec(sim);
+	must_start(sim);
+	other = dial(kho, sim);
+	must(kho_client_claim(other, "vm", NULL, 0, &claim, &err), err, "claim");
+	cr_assert(kho_claim_n_files(claim) == 4 && check_memfd(kho_claim_fd(claim, 3), SIZE, 99));
+	must(kho_client_claim_ack(other, claim, &err), err, "ack");
+	kho_claim_free(claim);
+	kho_client_free(other);
+	close(p[0]);
+	close(p[1]);
+	must_stop(sim);
+}
+
+/* An update that fails half way: what was leased before is. */
+Test(handover, an_update_that_fails_changes_nothing)
+{
+	struct kho_error *err = NULL;
+	struct client a, b;
+
+	two(&a, &b, &lease);
+	{
+		/* Seen when its own session has gone already. */
+		struct kho_client_file files[] = {
+			{ "memory", a.memfd }, { "theirs", b.memfd },
+		};
+
+		cr_assert(kho_client_update(a.k, "vm-a", files, 2, NULL, 0, &lease, &err) == -EBUSY &&
+			  strstr(kho_error_message(err), "failure domain"), "%s", kho_error_message(err));
+	}
+	kho_error_free(err);
+	must_go_on(&a, &b);
+}
+
+/* Claimed, and leased in one step: the next kexec takes it along, whoever comes when. */
+static void leased_by_claim(unsigned int delay)
+{
+	struct kho_policy policy = { .prepare_msec = 9000 };
+	struct kho_claim *claim = NULL;
+	struct kho_error *err = NULL;
+	struct operator o = {};
+	struct client a, b, c = { .name = "vm-a" };
+	size_t index = 0;
+
+	two(&a, &b, &lease);
+	preserve(&o);
+	must_be_ready(&a);
+	must_be_ready(&b);
+	wait_for(&o);
+	client_exit(&a);
+	client_exit(&b);
+	must_stop(sim);
+	sim_kexec(sim);
+	sim_set_preserve_delay(sim, delay);
+	must_start(sim);
+	c.k = dial(kho, sim);
+	must(kho_client_claim(c.k, "vm-a", NULL, 0, &claim, &err), err, "claim");
+	must(kho_client_claim_lease(c.k, claim, &policy, &err), err, "lease");
+	cr_assert(state_of("vm-a") == KHO_WORKLOAD_LEASED);
+	while (strcmp(kho_claim_name(claim, index), "iommufd") != 0)
+		index++;
+	c.ctx = kho_claim_fd(claim, index);
+	for (index = 0; strcmp(kho_claim_name(claim, index), "memory") != 0; index++)
+		;
+	c.memfd = kho_claim_fd(claim, index);
+	c.ioas = kho_claim_id(claim, "iommufd", a.ioas);
+	cr_assert(is_free(&c), "%s", sim_log(sim));
+	preserve(&o);
+	must_be_ready(&c);
+	wait_for(&o);
+	cr_assert(o.r == 2, "%d %s", o.r, o.text);
+	cr_assert(!is_free(&c));
+	devices_run(2);
+	c.k = kho_client_free(c.k);
+	kho_claim_free(claim);
+	must_stop(sim);
+	sim_kexec(sim);
+	must_start(sim);
+	devices_run(2);
+	c.k = dial(kho, sim);
+	must(kho_client_claim(c.k, "vm-a", NULL, 0, &claim, &err), err, "claim");
+	cr_assert(kho_claim_handovers(claim) == 2 && kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED);
+	/* And a lease that began so ends with its client as others do. */
+	must(kho_client_claim_lease(c.k, claim, &policy, &err), err, "lease");
+	c.k = kho_client_free(c.k);
+	kho_claim_free(claim);
+	for (int i = 0; i < 200 && state_of("vm-a"); i++)
+		usleep(10000);
+	cr_assert(state_of("vm-a") == 0);
+	must_come_back_after("vm-b", b.seed, 2);
+	must_be_empty();
+	must_stop(sim);
+}
+
+Test(handover, a_claim_becomes_a_lease)
+{
+	leased_by_claim(0);
+	again();
+	leased_by_claim(60);
 }
 
 Test(handover, a_lease_ends_with_its_client)

@@ -126,6 +126,25 @@ int kho_client_register_policy(struct kho_client *client, const char *name,
 			       const void *secret, size_t secret_size,
 			       const struct kho_policy *policy, struct kho_error **err);
 
+/**
+ * kho_client_update() - other files, or another policy, for a lease of this connection
+ * @client: connection
+ * @name: what it leases
+ * @files: all files that it is to have from now on, descriptors stay the caller's
+ * @n_files: how many
+ * @secret: claim secret that it is to have from now on, or NULL
+ * @secret_size: its size in bytes
+ * @policy: borrowed; a lease, too
+ * @err: error
+ *
+ * At once: a handover takes along what was leased before or what is now. If this is refused it is what
+ * was leased before.
+ * Return: as kho_client_register_policy(); -ENOENT: no lease of that name on this connection.
+ */
+int kho_client_update(struct kho_client *client, const char *name,
+		      const struct kho_client_file *files, size_t n_files, const void *secret,
+		      size_t secret_size, const struct kho_policy *policy, struct kho_error **err);
+
 /** kho_client_fd() - to wait on until it is readable; owned by the client; -1: disconnected */
 int kho_client_fd(const struct kho_client *client);
 
@@ -259,6 +278,20 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
  */
 int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
 			 struct kho_error **err);
+/**
+ * kho_client_claim_lease() - lease what was claimed, instead of ending khod's custody
+ * @client: the connection that claimed, which has to be kept
+ * @claim: the claim, its descriptors stay the caller's
+ * @policy: borrowed; always a lease
+ * @err: error
+ *
+ * No handover can come between, as it could between kho_client_claim_ack() and
+ * kho_client_register_policy(). Mappings and attachments can be changed from then on.
+ * Return: 0. -EPERM (claimed as another user's), -EBUSY (a handover is being prepared), -errno: it
+ * is held as before, and can be claimed again. -ECONNRESET: unknown.
+ */
+int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
+			   const struct kho_policy *policy, struct kho_error **err);
 /** kho_claim_free() - closes the descriptors that were not taken; NULL is allowed. Return: NULL. */
 struct kho_claim *kho_claim_free(struct kho_claim *claim);
 size_t kho_claim_n_files(const struct kho_claim *claim);
