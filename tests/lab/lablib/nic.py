@@ -61,6 +61,12 @@ def wait_running(vm, timeout: float = 120) -> dict:
     return status(vm)
 
 
+def wait_said(vm, start) -> None:
+    """Its unit says that it runs a moment later than its status, on the console since line @start."""
+    if vm.console.wait(r"lab: workload runs", start, time.monotonic() + 60, vm.alive) is None:
+        vm.hang("the driver did not say that it runs")
+
+
 def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0,
                between=None) -> Counts:
     """Start traffic, replace the kernel by `systemctl kexec`, count.
@@ -83,8 +89,7 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0,
     if between:
         between()
     wait_running(vm, 180)
-    if vm.console.wait(r"lab: workload runs", vm.mark, time.monotonic() + 60, vm.alive) is None:
-        vm.hang("the driver did not say that it runs")
+    wait_said(vm, start)
     time.sleep(after)
     sent = sender.stop()
     got, end = status(vm), time.monotonic() + 20

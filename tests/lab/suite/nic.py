@@ -545,6 +545,7 @@ def handovers(ctx, count):
             got = nic.wait_running(vm, 180)
             expect(got["starts"] == i + 2 and got["handovers"] == 1 and not got["lost"],
                    f"after handover {i + 1}: {got}")
+            nic.wait_said(vm, start)
             dark.append(nic.spans(vm, start)[0])
             filled.append(under_pressure(vm, since))
         sent = len(sender.stop())
