@@ -18,7 +18,7 @@
 #include "closer.h"
 
 #define MAX_THREADS 64
-#define MAX_THREADS_UID 8
+#define MAX_THREADS_UID 8	/* and as many are root's only */
 #define STACK_SIZE (64 * 1024)
 /* Packets that may wait in a connection; systemd lets 512 (net.unix.max_dgram_qlen). */
 #define MAX_PACKETS 600
@@ -41,7 +41,6 @@ struct batch {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct batch *queue, **queue_tail = &queue;
 static struct owner *owners;
-static size_t pending_all;
 static unsigned int n_threads;
 
 /* @lock is held. */
@@ -64,7 +63,6 @@ static struct owner *owner_get(uid_t uid)
 static void owner_put(struct owner *owner, size_t n)
 {
 	owner->pending -= n;
-	pending_all -= n;
 	if (owner->pending > 0)
 		return;
 	for (struct owner **p = &owners; *p; p = &(*p)->next)
@@ -75,17 +73,31 @@ static void owner_put(struct owner *owner, size_t n)
 	free(owner);
 }
 
-/* A descriptor in it is closed by the kernel as the packet is read, in the time of who reads. */
-static void end_connection(int fd)
+/*
+ * Read and drop what is left in a connection. A descriptor in it is closed by the kernel as its packet
+ * is read, in the time of who reads. Return: whether there is one: with @wait false it is still there.
+ */
+static bool drain(int fd, bool wait)
 {
-	(void)shutdown(fd, SHUT_RD);
 	/* An empty packet looks like the end, and there may be one. */
 	for (int i = 0; i < MAX_PACKETS; i++) {
+		struct msghdr msg = {};
 		char byte;
 
+		if (!wait && recvmsg(fd, &msg, MSG_DONTWAIT | MSG_PEEK) < 0)
+			return false;
+		/* It came with more than there is room for here, which is none. */
+		if (msg.msg_flags & MSG_CTRUNC)
+			return true;
 		if (recv(fd, &byte, sizeof(byte), MSG_DONTWAIT) < 0)
-			break;
+			return false;
 	}
+	return false;
+}
+
+static void end_connection(int fd)
+{
+	(void)drain(fd, true);
 	close(fd);
 }
 
@@ -172,10 +184,10 @@ static void add(uid_t uid, const int *fds, size_t n, bool socket)
 	b->n = n;
 	memcpy(b->fds, fds, n * sizeof(*fds));
 	owner->pending += n;
-	pending_all += n;
 	*queue_tail = b;
 	queue_tail = &b->next;
-	start = n_threads < MAX_THREADS && owner->threads < MAX_THREADS_UID;
+	start = n_threads < MAX_THREADS - (uid ? MAX_THREADS_UID : 0) &&
+		owner->threads < MAX_THREADS_UID;
 	n_threads += start;
 	pthread_mutex_unlock(&lock);
 
@@ -195,9 +207,14 @@ void closer_add(uid_t uid, const int *fds, size_t n)
 	add(uid, fds, n, false);
 }
 
-void closer_add_socket(uid_t uid, int fd)
+void closer_end_connection(uid_t uid, int fd)
 {
-	add(uid, &fd, 1, true);
+	(void)shutdown(fd, SHUT_RD);
+	/* Most bring nothing that could make anybody wait. */
+	if (drain(fd, false))
+		add(uid, &fd, 1, true);
+	else
+		close(fd);
 }
 
 size_t closer_pending(uid_t uid)
@@ -208,16 +225,6 @@ size_t closer_pending(uid_t uid)
 	for (const struct owner *o = owners; o; o = o->next)
 		if (o->uid == uid)
 			n = o->pending;
-	pthread_mutex_unlock(&lock);
-	return n;
-}
-
-size_t closer_pending_all(void)
-{
-	size_t n;
-
-	pthread_mutex_lock(&lock);
-	n = pending_all;
 	pthread_mutex_unlock(&lock);
 	return n;
 }

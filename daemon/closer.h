@@ -14,19 +14,16 @@
 void closer_add(uid_t uid, const int *fds, size_t n);
 
 /**
- * closer_add_socket() - end a client's connection, without waiting for it
+ * closer_end_connection() - end a client's connection, without waiting for it
  * @uid: the client's user
  * @fd: the socket, does not block, owned by the closer from now on
  *
  * What the client has sent and nobody has read goes first: close() would reset the connection, and
  * our last words would be lost.
  */
-void closer_add_socket(uid_t uid, int fd);
+void closer_end_connection(uid_t uid, int fd);
 
 /** closer_pending() - how many descriptors of a user are not closed yet */
 size_t closer_pending(uid_t uid);
-
-/** closer_pending_all() - how many of all users are not closed yet */
-size_t closer_pending_all(void);
 
 #endif

@@ -315,7 +315,9 @@ static void prepare(struct khod *k)
 	kho_error_free(err);
 	/* The operator's own is under way: when that has ended, the lock goes (handover_ended). */
 	k->inhibit.waiting = r == -EBUSY;
-	adopt_rest(k);
+	/* Not while it is being refused, as it would keep the answer from being read. */
+	if (!k->inhibit.mask)
+		adopt_rest(k);
 }
 
 void inhibit_handover_ended(struct khod *k, int r)
@@ -354,6 +356,7 @@ static int on_shutdown(sd_bus_message *m, void *userdata, sd_bus_error *error)
 		return 0;
 	kexec = strcmp(shutdown_type(m), "kexec") == 0;
 	k->inhibit.shutdown = active;
+	k->inhibit.kexec = active && kexec;
 	k->inhibit.inherited = false;
 	if (active && kexec) {
 		log_event(LOG_NOTICE, NULL, NULL, "A kexec is announced.");
@@ -383,7 +386,11 @@ static int on_logind(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	log_event(LOG_NOTICE, NULL, NULL,
 		  "logind was started again, and what it had announced does not come.");
 	k->inhibit.shutdown = k->inhibit.waiting = false;
-	(void)handover_abort(k, "logind was started again", NULL);
+	/* The one that is being prepared for it has nobody any more who waits for it. */
+	handover_forget(k, &k->inhibit);
+	if (k->inhibit.kexec)
+		(void)handover_abort(k, "logind was started again", NULL);
+	k->inhibit.kexec = false;
 	inhibit_update(k);
 	return 0;
 }
@@ -404,7 +411,8 @@ static int on_announced(sd_bus_message *m, void *userdata, sd_bus_error *error)
 	if (sd_bus_message_enter_container(m, 'v', "a{sv}") > 0)
 		type = shutdown_type(m);
 	k->inhibit.shutdown = type[0] != 0;
-	if (strcmp(type, "kexec") == 0) {
+	k->inhibit.kexec = strcmp(type, "kexec") == 0;
+	if (k->inhibit.kexec) {
 		log_event(LOG_ERR, MSG_NOT_PREPARED, NULL,
 			  "A kexec is announced, and khod has died since: who was ready for it is not known any more.");
 		refuse(k);

@@ -22,7 +22,6 @@
 #define MAX_FILES_ROOT 16384
 /* Descriptors of a user that are still being closed (closer.h): it is not heard with more. */
 #define MAX_CLOSING_UID 2048
-#define MAX_CLOSING 32768	/* of all users: half of khod's, see LimitNOFILE= */
 /*
  * Memory in custody cannot be swapped, and is charged to nobody's cgroup: as large a part of
  * the machine's as a user's runtime directory may take (RuntimeDirectorySize= of logind).
@@ -74,6 +73,7 @@ struct stored {
  * @state: where it stands
  * @reason: for a failed one: why; for others NULL
  * @lease: as long as @client is there it is preserved for a handover only
+ * @stray: its session is to be given up, and could not be: nothing in it counts
  * @client: connection that is asked before a handover, NULL if none
  * @prepare: what its client has answered
  * @prepare_msec: how long it may take to answer
@@ -96,6 +96,7 @@ struct workload {
 	enum workload_state state;
 	char *reason;
 	bool lease;
+	bool stray;
 	struct connection *client;
 	enum prepare prepare;
 	uint32_t prepare_msec;
@@ -179,6 +180,7 @@ struct inhibit_lock {
  * @look: to look at the loaded kernel again
  * @delay_msec: how long logind waits for @delay
  * @shutdown: logind has announced one, and has not said that it is over
+ * @kexec: it is a kexec
  * @known: an obstacle was there when it was announced
  * @waiting: it waits for a handover that somebody else has begun
  * @inherited: @delay is from the khod before this one: what logind is about to do is not known
@@ -192,6 +194,7 @@ struct inhibit {
 	uint32_t delay_msec;
 	bool shutdown;
 	bool known;
+	bool kexec;
 	bool waiting;
 	bool inherited;
 };

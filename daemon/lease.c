@@ -26,16 +26,27 @@ int lease_memory(struct khod *k, struct workload *w, struct kho_error **err)
 	return r < 0 ? r : workload_preserve_memory(k, w, w->fds, false, err);
 }
 
+/* What is in it is not what is leased. */
+static int drop_session(struct khod *k, struct workload *w, struct kho_error **err)
+{
+	int r = session_discard(k, w, err);
+
+	w->stray = r < 0;
+	return r;
+}
+
 /* The same, and if it does not work out the next handover begins with it. */
 static int memory_ahead(struct khod *k, struct workload *w)
 {
 	_cleanup_error_ struct kho_error *err = NULL;
 	_cleanup_free_ char *text = NULL;
-	int r = lease_memory(k, w, &err);
+	int r = drop_session(k, w, &err);
 
 	if (r >= 0)
+		r = lease_memory(k, w, &err);
+	if (r >= 0)
 		return 0;
-	(void)session_discard(k, w, NULL);
+	(void)drop_session(k, w, NULL);
 	text = kho_error_format(err, r);
 	log_event(LOG_WARNING, NULL, w->name, "The memory of %s is not preserved ahead of time: %s.",
 		  w->name, text ? text : strerror(-r));
@@ -57,8 +68,10 @@ int workload_uncommit(struct khod *k, struct workload *w, struct kho_error **err
 
 int workload_commit(struct khod *k, struct workload *w, struct kho_error **err)
 {
-	int r = w->session < 0 ? lease_memory(k, w, err) : 0;
+	int r = w->stray ? drop_session(k, w, err) : 0;
 
+	if (r >= 0 && w->session < 0)
+		r = lease_memory(k, w, err);
 	if (r >= 0)
 		r = workload_preserve_devices(k, w, w->fds, false, err);
 	if (r >= 0)
@@ -107,6 +120,7 @@ int lease_update(struct khod *k, struct workload *w, const struct registration *
 	if (r < 0)
 		return r;
 	kho_image_set_registered_usec(image, kho_image_registered_usec(w->image));
+	kho_image_set_handovers(image, kho_image_handovers(w->image));
 	fds = workload_dup_fds(k, reg->fds, reg->n, &r);
 	if (!fds)
 		return kho_error_new(err, r, w->name, "%s", strerror(-r));
@@ -120,7 +134,7 @@ int lease_update(struct khod *k, struct workload *w, const struct registration *
 	r = lease_memory(k, w, err);
 	khod_idle(k);
 	if (r < 0) {
-		(void)session_discard(k, w, NULL);
+		(void)drop_session(k, w, NULL);
 		swap(w, &image, &fds);
 		(void)memory_ahead(k, w);
 		workload_close_fds(k, fds, reg->n);
@@ -161,9 +175,10 @@ int lease_claimed(struct khod *k, struct workload *w, const struct registration 
 
 	if (r < 0)
 		return r;
-	if (kho_image_uid(w->image) != who->uid)
-		return kho_error_new(err, EPERM, w->name,
-				     "it belongs to another user: acknowledge the claim, and register it");
+	/* By a secret, or by root: its owner in the next kernel would be another one. */
+	r = workload_authorise(w, who, NULL, NULL, 0, err);
+	if (r < 0)
+		return kho_error_new(err, r, w->name, "acknowledge the claim, and register it");
 	/* Preserved in a session of this kernel, of which nothing is in transit any more. */
 	adopt_rest_of(k, w);
 	if (w->state == WORKLOAD_FAILED)
@@ -183,6 +198,9 @@ int lease_claimed(struct khod *k, struct workload *w, const struct registration 
 	kho_image_set_policy(w->image, policy->survival, policy->restore_failure);
 	kho_image_set_claim_sec(w->image, policy->claim_sec);
 	kho_image_set_may_lose_irq(w->image, policy->may_lose_irq);
+	/* It has been claimed: what the last handover made of it has been told, and nobody is waited for. */
+	kho_image_set_outcome(w->image, KHO_OUTCOME_NONE, NULL);
+	(void)kho_image_set_arrived(w->image, "", 0, NULL);
 	w->prepare_msec = policy->prepare_msec;
 	w->lease = true;
 	timeline_claimed(k, w->name);

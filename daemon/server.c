@@ -133,7 +133,7 @@ static void connection_free(struct connection *c)
 	}
 	sd_event_source_disable_unref(c->io);
 	sd_event_source_disable_unref(c->timer);
-	closer_add_socket(c->who.uid, c->fd);
+	closer_end_connection(c->who.uid, c->fd);
 	if (c->pidfd >= 0)
 		close(c->pidfd);
 	free(c);
@@ -395,11 +395,22 @@ static int update_lease(struct connection *c, const struct pending *p, struct wo
 	return lease_update(c->k, *w, &p->reg, &c->who, err);
 }
 
-static int on_register(struct connection *c, uint64_t serial, const Kho__Control__Register *q,
-		       int *fds, size_t *n_fds)
+static int reply_registered(struct connection *c, uint64_t serial, const struct workload *w)
 {
 	Kho__Control__Reply a = KHO__CONTROL__REPLY__INIT;
 	Kho__Control__RegisterReply done = KHO__CONTROL__REGISTER_REPLY__INIT;
+
+	done.name = (char *)w->name;
+	done.files = workload_n_files(w);
+	done.session = (char *)w->session_name;
+	a.body_case = KHO__CONTROL__REPLY__BODY_REGISTERED;
+	a.registered = &done;
+	return reply(c, serial, &a, NULL, 0);
+}
+
+static int on_register(struct connection *c, uint64_t serial, const Kho__Control__Register *q,
+		       int *fds, size_t *n_fds)
+{
 	struct kho_error *err = NULL;
 	struct workload *w = NULL;
 	struct pending *p = c->pending;
@@ -447,12 +458,7 @@ static int on_register(struct connection *c, uint64_t serial, const Kho__Control
 		r = reply_refusal(c, serial, p->update ? "update" : "register", p->name, r, &err);
 	} else {
 		belongs_to(c, w, p->reg.prepare);
-		done.name = w->name;
-		done.files = workload_n_files(w);
-		done.session = w->session_name;
-		a.body_case = KHO__CONTROL__REPLY__BODY_REGISTERED;
-		a.registered = &done;
-		r = reply(c, serial, &a, NULL, 0);
+		r = reply_registered(c, serial, w);
 		FAULT(REGISTER_ANSWERED);
 	}
 	pending_free(c->who.uid, c->pending);
@@ -638,11 +644,11 @@ static int on_claim_ack(struct connection *c, uint64_t serial, const Kho__Contro
 	w->state = w->reason ? WORKLOAD_FAILED : WORKLOAD_HELD;
 	if (reg.lease) {
 		r = lease_claimed(c->k, w, &reg, &c->who, &err);
-		if (r < 0)
-			return reply_refusal(c, serial, "lease", name, r, &err);
-		belongs_to(c, w, true);
-		deadline_update(c->k);
-		return reply_done(c, serial);
+		if (r >= 0)
+			belongs_to(c, w, true);
+		khod_status_line(c->k);
+		return r < 0 ? reply_refusal(c, serial, "lease", name, r, &err) :
+			       reply_registered(c, serial, w);
 	}
 	r = workload_end(c->k, w, CUSTODY_CLAIMED, &err);
 	if (r < 0)
@@ -978,6 +984,7 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	info.n_files = n;
 	/* What a lease has in it is known for certain only when it is preserved. */
 	look = w->state == WORKLOAD_LEASED && w->fds && c->who.uid == 0;
+	khod_busy(c->k, workload_bytes(w));
 	if (look && (r = graph_look(c->k, w, &err)) < 0) {
 		text = kho_error_format(err, r);
 		info.obstacle = text ? text : strerror(-r);
@@ -988,6 +995,7 @@ static int on_show(struct connection *c, uint64_t serial, const Kho__Control__Sh
 	graph_translations(c->k, w, false);
 	if (look)
 		(void)kho_image_set_graph(w->image, NULL, NULL);
+	khod_idle(c->k);
 	return send_list(c, serial, &infop, 1, false, fd);
 }
 
@@ -1105,8 +1113,10 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 		ssize_t n;
 
 		if (closer_pending(c->who.uid) > MAX_CLOSING_UID) {
-			r = garbage(c, 0, EDQUOT,
-				    "too many of the descriptors that this user has sent are still being closed");
+			log_limited(NULL, "uid %u has sent so many descriptors that cannot be closed yet that it is not heard.",
+				    (unsigned int)c->who.uid);
+			r = reply_error(c, 0, EDQUOT, "user",
+					"too many of the descriptors that it has sent are still being closed", true);
 			gone = r < 0;
 			break;
 		}
@@ -1199,7 +1209,7 @@ static void turn_away(struct khod *k, uid_t uid, int fd, const char *reason)
 		(void)kho_wire_send(k->kho, fd, buf, size, NULL, 0);
 	}
 	/* It may have sent something already. */
-	closer_add_socket(uid, fd);
+	closer_end_connection(uid, fd);
 }
 
 /* Why a user may not have another connection; NULL: it may. */
@@ -1226,12 +1236,7 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 	const char *why;
 	int fd, r;
 
-	if (closer_pending_all() > MAX_CLOSING) {
-		fd = -1;
-		errno = EMFILE;
-	} else {
-		fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	}
+	fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
 	if (fd < 0) {
 		if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR) {
 			log_limited(NULL, "Cannot accept a client: %s.", strerror(errno));
@@ -1252,7 +1257,7 @@ static int on_accept(sd_event_source *s, int listen_fd, uint32_t revents, void *
 
 	c = calloc(1, sizeof(*c));
 	if (!c) {
-		closer_add_socket(cred.uid, fd);
+		closer_end_connection(cred.uid, fd);
 		return 0;
 	}
 	c->k = k;

@@ -288,6 +288,8 @@ void timeline_watch(struct khod *k, struct workload *w, int pidfd)
 {
 	int fd = fcntl(pidfd, F_DUPFD_CLOEXEC, 3);
 
+	/* Who registered it before. */
+	w->watch = sd_event_source_disable_unref(w->watch);
 	w->khod = k;
 	if (fd < 0)
 		return;

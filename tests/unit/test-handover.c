@@ -946,9 +946,9 @@ Test(handover, an_update_that_fails_changes_nothing)
 }
 
 /* Claimed, and leased in one step: the next kexec takes it along, whoever comes when. */
-static void leased_by_claim(unsigned int delay)
+static void leased_by_claim(unsigned int delay, uint32_t claim_sec)
 {
-	struct kho_policy policy = { .prepare_msec = 9000 };
+	struct kho_policy policy = { .prepare_msec = 9000, .claim_sec = claim_sec };
 	struct kho_claim *claim = NULL;
 	struct kho_error *err = NULL;
 	struct operator o = {};
@@ -978,11 +978,16 @@ static void leased_by_claim(unsigned int delay)
 	c.memfd = kho_claim_fd(claim, index);
 	c.ioas = kho_claim_id(claim, "iommufd", a.ioas);
 	cr_assert(is_free(&c), "%s", sim_log(sim));
+	/* It has been claimed, and in time. */
+	if (claim_sec)
+		sleep(claim_sec + 1);
 	preserve(&o);
 	must_be_ready(&c);
 	wait_for(&o);
 	cr_assert(o.r == 2, "%d %s", o.r, o.text);
-	cr_assert(!is_free(&c));
+	if (claim_sec)
+		sleep(1);
+	cr_assert(!is_free(&c) && state_of("vm-a") == KHO_WORKLOAD_HELD, "%s", sim_log(sim));
 	devices_run(2);
 	c.k = kho_client_free(c.k);
 	kho_claim_free(claim);
@@ -1007,9 +1012,9 @@ static void leased_by_claim(unsigned int delay)
 
 Test(handover, a_claim_becomes_a_lease)
 {
-	leased_by_claim(0);
+	leased_by_claim(0, 4);
 	again();
-	leased_by_claim(60);
+	leased_by_claim(60, 0);
 }
 
 Test(handover, a_lease_ends_with_its_client)

@@ -223,6 +223,7 @@ Test(protocol, a_descriptor_that_lingers_in_a_connection_too_many)
 	kill(sim_pid(sim), SIGCONT);
 	for (int i = 0; i < 4; i++)
 		close(socks[i]);
+	usleep(500000);	/* until that is seen a new one is one too many, too */
 	nobody_waits(begin);
 	close(peer);
 	for (int i = 4; i < MAX; i++)
