@@ -101,21 +101,23 @@ int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, 
 int kho_vfio_set_liveupdate(struct kho *kho, int dev, bool may_lose_irq, uint32_t deadline_msec,
 			    struct kho_error **err)
 {
-	struct {
+	const struct vfio_device_feature_liveupdate body = {
+		.flags = may_lose_irq ? VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ : 0,
+		.deadline_ms = deadline_msec,
+	};
+	union {
 		struct vfio_device_feature head;
-		struct vfio_device_feature_liveupdate body;
+		uint8_t all[sizeof(struct vfio_device_feature) + sizeof(body)];
 	} arg = {
 		.head = {
 			.argsz = sizeof(arg),
 			.flags = VFIO_DEVICE_FEATURE_SET | VFIO_DEVICE_FEATURE_LIVEUPDATE,
 		},
-		.body = {
-			.flags = may_lose_irq ? VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ : 0,
-			.deadline_ms = deadline_msec,
-		},
 	};
-	int r = kho_op(kho, ioctl, dev, VFIO_DEVICE_FEATURE, &arg);
+	int r;
 
+	memcpy(arg.head.data, &body, sizeof(body));
+	r = kho_op(kho, ioctl, dev, VFIO_DEVICE_FEATURE, &arg);
 	if (r < 0)
 		return kho_error_new(err, r, NULL, "cannot say how to treat the device in a live update: %s",
 				     strerror(-r));

@@ -455,9 +455,9 @@ static void acknowledge(struct nic *n, struct kho_claim *claim, bool lease)
 static void set_irqs(struct nic *n)
 {
 	for (size_t i = 0; n->irq_index >= 0 && i < n->n_ports; i++) {
-		struct {
+		union {
 			struct vfio_irq_set set;
-			int32_t fd;
+			char all[sizeof(struct vfio_irq_set) + sizeof(int32_t)];
 		} arg = {
 			.set = {
 				.argsz = sizeof(arg),
@@ -465,10 +465,11 @@ static void set_irqs(struct nic *n)
 				.index = (uint32_t)n->irq_index,
 				.count = 1,
 			},
-			.fd = eventfd(0, EFD_CLOEXEC),
 		};
+		int32_t fd = eventfd(0, EFD_CLOEXEC);
 
-		if (arg.fd < 0 || ioctl(n->ports[i].dev, VFIO_DEVICE_SET_IRQS, &arg) < 0)
+		memcpy(arg.set.data, &fd, sizeof(fd));
+		if (fd < 0 || ioctl(n->ports[i].dev, VFIO_DEVICE_SET_IRQS, &arg) < 0)
 			die("interrupts", -errno, NULL);
 	}
 }
