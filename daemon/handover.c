@@ -219,6 +219,14 @@ int handover_begin(struct khod *k, uint32_t limit_msec, bool force, handover_don
 	return 0;
 }
 
+int handover_busy(const struct khod *k, const char *name, const struct workload *w, struct kho_error **err)
+{
+	if (!k->handover.asking && (!w || w->prepare == PREPARE_NONE))
+		return 0;
+	return kho_error_new(err, EBUSY, name,
+			     "a handover is being prepared just now: try again when it has been given up, or in the next kernel");
+}
+
 int handover_abort(struct khod *k, const char *reason, struct kho_error **err)
 {
 	int r = undo(k, reason, err);

@@ -527,6 +527,14 @@ void inhibit_stop(struct khod *k);
  */
 int handover_begin(struct khod *k, uint32_t limit_msec, bool force, handover_done_t done,
 		   void *userdata, struct kho_error **err);
+/**
+ * handover_busy() - must what changes a workload that is asked before a handover wait for one?
+ * @name: the workload, for @err
+ * @w: it, if there is one: what it has promised counts, too; NULL
+ *
+ * Return: 0: no, -EBUSY.
+ */
+int handover_busy(const struct khod *k, const char *name, const struct workload *w, struct kho_error **err);
 /** handover_abort() - everything is as before. Return: 0, -errno (not everything). */
 int handover_abort(struct khod *k, const char *reason, struct kho_error **err);
 /** handover_forget() - if @userdata waits for the handover: it has gone, so abort it */

@@ -87,14 +87,6 @@ int workload_commit(struct khod *k, struct workload *w, struct kho_error **err)
 	return 0;
 }
 
-static int not_now(const struct khod *k, const struct workload *w, struct kho_error **err)
-{
-	if (!k->handover.asking && w->prepare == PREPARE_NONE)
-		return 0;
-	return kho_error_new(err, EBUSY, w->name,
-			     "a handover is being prepared just now: try again when it has been given up, or in the next kernel");
-}
-
 /* What goes between sessions is dropped by its owner: @image and @fds of @w for what is there. */
 static void swap(struct workload *w, struct kho_image **image, int **fds)
 {
@@ -114,7 +106,7 @@ int lease_update(struct khod *k, struct workload *w, const struct registration *
 	int *fds = NULL, r;
 	size_t n;
 
-	r = not_now(k, w, err);
+	r = handover_busy(k, w->name, w, err);
 	if (r >= 0)
 		r = workload_new_image(k, reg, who, w, &image, err);
 	if (r < 0)
@@ -171,7 +163,7 @@ int lease_claimed(struct khod *k, struct workload *w, const struct registration 
 		  const struct identity *who, struct kho_error **err)
 {
 	bool had_fds = w->fds;
-	int r = not_now(k, w, err);
+	int r = handover_busy(k, w->name, w, err);
 
 	if (r < 0)
 		return r;
@@ -204,7 +196,6 @@ int lease_claimed(struct khod *k, struct workload *w, const struct registration 
 	w->prepare_msec = policy->prepare_msec;
 	w->lease = true;
 	timeline_claimed(k, w->name);
-	khod_status_line(k);
 	log_event(LOG_INFO, MSG_CLAIMED, w->name, "Workload %s claimed: it is leased by its client now.", w->name);
 	return 0;
 }

@@ -1129,9 +1129,7 @@ static int on_io(sd_event_source *s, int fd, uint32_t revents, void *userdata)
 		} else if (n == -EMSGSIZE) {
 			r = garbage(c, 0, EMSGSIZE, "a packet that is too large");
 		} else if (n <= 0) {
-			closer_add(c->who.uid, fds, n_fds);
-			gone = true;
-			break;
+			r = -ECONNRESET;
 		} else {
 			q = kho_wire_request_unpack(buf, n);
 			r = q ? dispatch(c, q, fds, &n_fds) :

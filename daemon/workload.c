@@ -699,9 +699,9 @@ static int register_check(struct khod *k, const struct registration *reg,
 		return kho_error_new(err, ENODEV, name,
 				     "khod has no fd store, so it could not hold anything over a crash: run it as khod.service");
 	/* Nobody would ask it any more. */
-	if (k->handover.asking && (reg->lease || reg->prepare))
-		return kho_error_new(err, EBUSY, name,
-				     "a handover is being prepared just now: try again when it has been given up, or in the next kernel");
+	r = reg->lease || reg->prepare ? handover_busy(k, name, NULL, err) : 0;
+	if (r < 0)
+		return r;
 	r = quota_check(k, who->uid, reg->n, old, err);
 	if (r < 0)
 		return r;

@@ -422,7 +422,9 @@ int kho_client_event(struct kho_client *client, int timeout_msec, struct kho_eve
 }
 
 /* A request that is answered by Done, or refused. */
-static int ask_done(struct kho_client *client, Kho__Control__Request *q, struct kho_error **err)
+/* What takes no descriptors, and whose reply says no more than that it is of kind @want. */
+static int ask(struct kho_client *client, Kho__Control__Request *q,
+	       Kho__Control__Reply__BodyCase want, struct kho_error **err)
 {
 	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 	int r;
@@ -431,7 +433,12 @@ static int ask_done(struct kho_client *client, Kho__Control__Request *q, struct 
 	r = send_request(client, q, NULL, 0, err);
 	if (r < 0)
 		return r;
-	return recv_reply(client, KHO__CONTROL__REPLY__BODY_DONE, &a, NULL, NULL, err);
+	return recv_reply(client, want, &a, NULL, NULL, err);
+}
+
+static int ask_done(struct kho_client *client, Kho__Control__Request *q, struct kho_error **err)
+{
+	return ask(client, q, KHO__CONTROL__REPLY__BODY_DONE, err);
 }
 
 int kho_client_ready(struct kho_client *client, const struct kho_event *event,
@@ -725,9 +732,7 @@ int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
 {
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__ClaimAck body = KHO__CONTROL__CLAIM_ACK__INIT;
-	_cleanup_(replyp) Kho__Control__Reply *a = NULL;
 	Kho__Control__Policy wanted;
-	int r;
 
 	if (policy) {
 		policy_to_wire(policy, &wanted);
@@ -737,12 +742,9 @@ int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
 	body.name = claim->name;
 	q.body_case = KHO__CONTROL__REQUEST__BODY_CLAIM_ACK;
 	q.claim_ack = &body;
-	if (!policy)
-		return ask_done(client, &q, err);
 	/* A khod that does not know of leases by claim would say that it is done. */
-	client->serial++;
-	r = send_request(client, &q, NULL, 0, err);
-	return r < 0 ? r : recv_reply(client, KHO__CONTROL__REPLY__BODY_REGISTERED, &a, NULL, NULL, err);
+	return ask(client, &q, policy ? KHO__CONTROL__REPLY__BODY_REGISTERED : KHO__CONTROL__REPLY__BODY_DONE,
+		   err);
 }
 
 int kho_client_release(struct kho_client *client, const char *name, const void *secret,

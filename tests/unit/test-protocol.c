@@ -176,6 +176,15 @@ static void nobody_waits(time_t begin)
 	cr_assert(now() - begin < 10, "%ld s", (long)(now() - begin));
 }
 
+/* khod, which was stopped at @begin at the earliest, with sockets that linger for these peers. */
+static void go_on_with(const int *peer, size_t n, time_t begin)
+{
+	kill(sim_pid(sim), SIGCONT);
+	nobody_waits(begin);
+	for (size_t i = 0; i < n; i++)
+		close(peer[i]);
+}
+
 /* In a packet without a byte, in one that is cut off: nobody else waits for it. */
 Test(protocol, a_descriptor_that_lingers_in_a_packet_that_is_none)
 {
@@ -197,10 +206,7 @@ Test(protocol, a_descriptor_that_lingers_in_a_packet_that_is_none)
 		close(slow);
 		close(socks[i]);
 	}
-	kill(sim_pid(sim), SIGCONT);
-	nobody_waits(begin);
-	for (int i = 0; i < 4; i++)
-		close(peer[i]);
+	go_on_with(peer, 4, begin);
 }
 
 /* With more connections than a user may have: what comes with the next one is closed unread. */
@@ -251,10 +257,7 @@ Test(protocol, a_descriptor_that_lingers)
 		close(slow);
 		close(socks[i]);
 	}
-	kill(sim_pid(sim), SIGCONT);
-	nobody_waits(begin);
-	for (int i = 0; i < 4; i++)
-		close(peer[i]);
+	go_on_with(peer, 4, begin);
 }
 
 /* It is an end of file as well if it brings descriptors: they must not stay open. */
