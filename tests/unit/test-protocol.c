@@ -629,6 +629,40 @@ static int other_user_tries(void)
 	return 0;
 }
 
+/* A workload of @n empty memfds. */
+static int register_files(struct kho_client *c, const char *name, size_t n)
+{
+	struct kho_client_file cf[500];
+	char names[500][8];
+	int r;
+
+	for (size_t i = 0; i < n; i++) {
+		snprintf(names[i], sizeof(names[i]), "f%zu", i);
+		cf[i] = (struct kho_client_file){ names[i], memfd_create("f", MFD_CLOEXEC) };
+	}
+	r = kho_client_register(c, name, cf, n, NULL, 0, NULL);
+	for (size_t i = 0; i < n; i++)
+		close(cf[i].fd);
+	return r;
+}
+
+/* 1,024 files in all its workloads together. */
+static int user_with_many_files(void)
+{
+	struct kho_client *c = dial(kho, sim);
+
+	if (!c || register_files(c, "a", 500) != 0 || register_files(c, "b", 500) != 0)
+		return 1;
+	if (register_files(c, "c", 25) != -EDQUOT)
+		return 2;
+	if (register_files(c, "c", 24) != 0)
+		return 3;
+	if (register_files(c, "d", 1) != -EDQUOT)
+		return 4;
+	kho_client_free(c);
+	return 0;
+}
+
 Test(protocol, users)
 {
 	struct kho_client *c = dial(kho, sim);
@@ -644,5 +678,7 @@ Test(protocol, users)
 	cr_assert(r == 0, "step %d:\n%s", r, sim_log(sim));
 	r = as_user(65533, other_user_tries);
 	cr_assert(r == 0, "step %d", r);
+	r = as_user(65532, user_with_many_files);
+	cr_assert(r == 0, "step %d:\n%s", r, sim_log(sim));
 	must_work();
 }
