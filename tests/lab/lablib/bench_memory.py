@@ -99,24 +99,22 @@ def beside_nothing(results, shape) -> list:
             for n, s in zip(nothing, results.get(str(shape), []))]
 
 
-def verdict(interval, goal) -> str:
-    """Judged by the worse end."""
-    how = "met" if interval.high <= goal else "missed" if interval.low > goal else "open"
-    return f"{interval}; goal at most {goal:g}: {how}"
+def judged(interval, goal) -> str:
+    return f"{interval}{stats.verdict(interval, goal)}"
 
 
 def goals(results) -> list:
     """The goals of the blackout's issue, as far as what they need was measured."""
     out = []
     if pairs := beside_nothing(results, HUGE):
-        out.append(f"{HUGE}, to console, over nothing: {verdict(stats.ratio(pairs), HUGE_GOAL)}")
+        out.append(f"{HUGE}, to console, over nothing: {judged(stats.ratio(pairs), HUGE_GOAL)}")
     for shape, goal in GIB_GOALS:
         if pairs := beside_nothing(results, shape):
             more = stats.mean([(t - nothing) * GIB / shape.mib for nothing, t in pairs])
-            out.append(f"{shape}, to console, s a GiB: {verdict(more, goal)}")
+            out.append(f"{shape}, to console, s a GiB: {judged(more, goal)}")
     if pairs := [(r["unpatched"]["retrieve"], r["patched"]["retrieve"]) for shape, rounds in results.items()
                  if "4 KiB" in shape for r in rounds if len(r) == 2]:
-        out.append(f"retrieve of 4 KiB folios, patched/unpatched: {verdict(stats.ratio(pairs), RETRIEVE_GOAL)}")
+        out.append(f"retrieve of 4 KiB folios, patched/unpatched: {judged(stats.ratio(pairs), RETRIEVE_GOAL)}")
     return out
 
 

@@ -101,9 +101,8 @@ def figures(areas, kind, pairs) -> str:
     """Ratio and verdict; below, the means of the parts."""
     unit, r = KINDS[kind], stats.ratio(totals(pairs))
     cold, restored = (sum(x) / len(x) for x in zip(*totals(pairs)))
-    verdict = "met" if r.high <= GOAL else "missed" if r.low > GOAL else "open"
-    rows = [f"{areas:7} areas, {kind}: {restored:.1f} {unit} against {cold:.1f} {unit}: {r}; "
-            f"goal at most {GOAL:g}: {verdict}"]
+    rows = [f"{areas:7} areas, {kind}: {restored:.1f} {unit} against {cold:.1f} {unit}: "
+            f"{r}{stats.verdict(r, GOAL)}"]
     if kind == "instructions":
         rows += [f"          {what}: {mean_parts(part)}" for what, part in zip(("cold", "restored"), zip(*pairs))]
     return "\n".join(rows)

@@ -56,8 +56,9 @@ def ratio(pairs) -> Ratio:
     return Ratio(math.exp(m.value), math.exp(m.low), math.exp(m.high), m.rounds)
 
 
-def verdict(r: Ratio, goal) -> str:
-    """What to say after @r, by its worse end; nothing without a goal."""
+def verdict(interval, goal) -> str:
+    """What to say after @interval, by its worse end; nothing without a goal."""
     if not goal:
         return ""
-    return f"; goal at most {goal:g}: " + ("met" if r.high <= goal else "missed")
+    how = "met" if interval.high <= goal else "missed" if interval.low > goal else "open"
+    return f"; goal at most {goal:g}: {how}"
