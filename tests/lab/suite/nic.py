@@ -156,6 +156,13 @@ def shown(vm):
     return json.loads(vm.run("khoctl show nic --json").out)
 
 
+def killed_at(ctx, khod, since, points):
+    """Wait until khod has killed itself at each of @points."""
+    kills = khod.kills(since, points)
+    expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
+    ctx.figure("kills", f"{len(kills)} at {len(points)} points")
+
+
 def while_nobody_claims(ctx, machine):
     with booted(ctx, machine) as vm:
         khod = Khod(vm.ready())
@@ -212,9 +219,7 @@ def packets_land_while_khod_is_killed_at_every_point(ctx):
 
         def killed():
             khod.settled(20 * len(points))      # a start takes seconds on a busy host
-            kills = khod.kills(since, points)
-            expect(set(kills) == set(points), f"never reached: {set(points) - set(kills)}")
-            ctx.figure("kills", f"{len(kills)} at {len(points)} points")
+            killed_at(ctx, khod, since, points)
         c = nic.over_kexec(vm, ctx.kernel(), between=killed)
         figures(ctx, c)
         expect(not judge(c), "; ".join(judge(c)))
@@ -224,15 +229,21 @@ def packets_land_while_khod_is_killed_at_every_point(ctx):
 
 @test()
 def a_restore_that_fails_stops_the_device(ctx):
-    """khod may not pin the memory: undone, device stopped, memory and reason for the client."""
+    """khod may not pin the memory: undone, device stopped, memory and reason for the client.
+
+    And it is killed at each step of that.
+    """
     with booted(ctx) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
         vm.run("systemctl disable lab-nic; d=/etc/systemd/system/khod.service.d; mkdir -p $d; "
                "printf '[Service]\nLimitMEMLOCK=1M\n' > $d/little.conf; sync")
+        points, since = khod.points("quiesce"), len(vm.journal.lines)
+        khod.arm(points, restart=False)
         sender = Sender(vm.senders[0], 500, vm.dir / "sent")
         time.sleep(2)
         vm.kexec()
+        killed_at(ctx, khod, since, points)
         khod.settled()
         stopped = time.monotonic()
         w = shown(vm)
@@ -284,13 +295,17 @@ def not_claimed_in_time(ctx, machine):
         khod.settled()
         w = shown(vm)
         expect(w["outcome"] == "restored" and 0 < w["claim_left_sec"] <= CLAIM_WITHIN, w)
-        # A khod that is killed does not begin to count again.
+        # A khod that is killed does not begin to count again. The next ones die when the time is up.
+        points = khod.points("expire")
+        khod.arm(points, restart=False)
         vm.run("systemctl kill -s KILL khod; sleep 1; systemctl start khod")
         expect(shown(vm)["claim_left_sec"] < w["claim_left_sec"], shown(vm))
         said = "Nobody has claimed workload %s within " + f"{CLAIM_WITHIN} s of the handover: "
         journal_says(vm, said % "nic" + "its devices have been stopped, its memory is kept", since,
                      2 * CLAIM_WITHIN)
         journal_says(vm, said % "blob" + "its memory is freed, as it asked for", since)
+        killed_at(ctx, khod, since, points)
+        khod.settled()
         stopped = time.monotonic()
         expect("to be claimed within" not in vm.run("khoctl list").out, vm.run("khoctl list").out)
         w = shown(vm)
@@ -519,6 +534,33 @@ def packets_land_with_a_lease(ctx):
         figures(ctx, c)
         expect(not judge(c), "; ".join(judge(c)))
         expect(shown(vm)["state"] == "leased" and nic.status(vm)["extra"] > mapped, shown(vm))
+
+
+@test(part="nic", kernels=A_AND_B)
+def packets_land_while_khod_is_killed_with_a_lease(ctx):
+    """At each step of preserving a device, of a handover, and of its undoing; then it is carried."""
+    leased = "for i in $(seq 300); do khoctl list | grep -q 'nic *leased' && exit 0; sleep 0.2; done; exit 1"
+    with booted(ctx) as vm:
+        khod = Khod(vm.ready())
+        nic.wait_running(vm)
+        vm.run(LEASE, 60)
+        nic.wait_running(vm)
+        points, since = khod.points("register-devices", "handover", "abort"), len(vm.journal.lines)
+        sender = Sender(vm.senders[0], 300, vm.dir / "sent")
+        for point in points:
+            khod.arm([point])
+            vm.run(leased, 90)
+            vm.run("khoctl preserve && khoctl abort", 90, check=False)
+        killed_at(ctx, khod, since, points)
+        vm.run(leased, 90)
+        vm.kexec(ctx.kernel(release="-b"))
+        khod.settled()
+        nic.wait_running(vm, 180)
+        sent = len(sender.stop())
+        got, dma = counted(vm, nic.STATUS, sent), nic.dma_times(vm)
+        expect(got["seen"] == sent == len(dma) and not (got["lost"] or got["duplicates"] or got["foreign"]),
+               f"{sent} packets sent, {len(dma)} written by DMA, {got}")
+        ctx.figure("packets", f"{sent} sent, {len(dma)} by DMA, {got['seen']} seen")
 
 
 def under_pressure(vm, since):
