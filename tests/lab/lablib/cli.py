@@ -16,11 +16,12 @@ from .qemu import VM, kill_all
 def verb_kernel(a):
     if a.action == "build":
         print(kernel.build(a.config, as_is=a.as_is, unpatched=a.unpatched, release=a.release))
-    elif a.action == "tree":
-        kernel.prepare()
+        return
+    with kernel.tree_lock():
+        {"tree": kernel.prepare, "export": kernel.export, "discard": kernel.discard,
+         "headers": kernel.headers}[a.action]()
+    if a.action == "tree":
         print(kernel.tree())
-    else:
-        {"export": kernel.export, "discard": kernel.discard, "headers": kernel.headers}[a.action]()
 
 
 def verb_rootfs(a):
@@ -30,7 +31,7 @@ def verb_rootfs(a):
 
 def guest(a) -> VM:
     """The guest that the options of `run` and `loop` describe."""
-    return VM(kernel.build(a.kernel), full_image(), name=a.verb, machine=a.machine,
+    return VM(kernel.build(a.kernel, as_is=a.as_is), full_image(), name=a.verb, machine=a.machine,
               devices=a.device, init=a.init, memory=a.memory, cpus=a.cpus, append=a.append,
               trace=a.trace, pressure=a.pressure, qemu=a.qemu)
 
@@ -58,7 +59,7 @@ def verb_run(a):
 
 def verb_loop(a):
     """N kexecs in a row; the first failure ends it, with the logs of that run kept."""
-    other = kernel.build(a.next) if a.next else None
+    other = kernel.build(a.next, as_is=a.as_is) if a.next else None
     with guest(a) as vm:
         vm.ready()
         for i in range(1, a.count + 1):
@@ -142,6 +143,8 @@ back. The lab says where the logs are.""")
             g.add_argument("count", type=positive, metavar="N")
             g.add_argument("--next", help="alternate with this kernel configuration")
         g.add_argument("--kernel", default="minimal", metavar="CONFIG", help="default: minimal")
+        g.add_argument("--as-is", action="store_true",
+                       help="a kernel from the tree as it stands, not exported commits too")
         g.add_argument("--machine", default="noiommu", metavar="PROFILE",
                        help=", ".join(PROFILES) + " (default: noiommu)")
         g.add_argument("--qemu", default="", metavar="SERIES",

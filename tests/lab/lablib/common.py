@@ -32,6 +32,13 @@ def cache_dir() -> Path:
     return path
 
 
+def clone_dir() -> Path:
+    """A folder of the cache for this clone alone."""
+    path = cache_dir() / "clones" / f"{PROJECT.name}-{digest(str(PROJECT))[:8]}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
@@ -62,6 +69,15 @@ def digest(*parts) -> str:
     return h.hexdigest()[:20]
 
 
+def changes(git, folder: Path, *paths) -> str:
+    """A digest of what is not committed in @folder, or not even known to @git; "" if nothing is."""
+    diff = run([*git, "diff", "--no-ext-diff", "--binary", "HEAD", "--", *paths], cwd=folder)
+    out = run([*git, "ls-files", "-z", "--others", "--exclude-standard", "--", *paths], cwd=folder)
+    new = sorted(f for f in out.split("\0") if f)
+    files = [folder / f for f in new if (folder / f).is_file()]
+    return digest(diff, *new, *files) if diff or new else ""
+
+
 def run(cmd, *, log=None, what=None, cwd=None, env=None, stdin=None, timeout=None) -> str:
     """Run a program and return its standard output.
 
@@ -83,6 +99,8 @@ def run(cmd, *, log=None, what=None, cwd=None, env=None, stdin=None, timeout=Non
                                env=full_env, stdin=stdin or subprocess.DEVNULL, timeout=timeout,
                                check=False)
     except FileNotFoundError as e:
+        if cwd and not Path(cwd).is_dir():
+            raise LabError(f"{what}: there is no folder {cwd}") from e
         raise LabError(f"{what}: the program {cmd[0]} is missing; run 'make setup'") from e
     except subprocess.TimeoutExpired as e:
         raise LabError(f"{what}: no end after {timeout} s" + (f"; see {log}" if log else "")) from e
@@ -111,6 +129,18 @@ def lock(path: Path, what: str):
             say(f"waiting for another run of the lab to finish with {what}")
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def if_unlocked(path: Path):
+    """Whether nobody holds the lock @path; if so, nobody gets it meanwhile."""
+    with open(path, "a", encoding="ascii") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextlib.contextmanager

@@ -5,21 +5,23 @@ The tree lives in the cache and is a git repository: the branch `base` is the
 source as Debian ships it, `series` is base plus one commit per patch of
 kernel-patches/. Whoever works on the kernel edits commits on `series` there and
 `lab kernel export` writes them back. A build never touches commits that were
-not exported: it refuses, and says what to do.
+not exported: it refuses, and says what to do. If it is there already, it warns.
 
 The build folders (build-CONFIG) lie inside of the tree, so that the compiler
 sees relative paths only and ccache finds its objects whatever the cache's path.
 """
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from .apt import Apt
-from .common import (LAB, PROJECT, LabError, building, cache_dir, digest, last_lines, lock,
-                     need_program, need_space, run, say, step)
+from .common import (LAB, PROJECT, LabError, building, cache_dir, changes, digest, if_unlocked,
+                     last_lines, lock, need_program, need_space, run, say, step)
 
 PACKAGE = "linux-source-7.3"
 PATCHES = PROJECT / "kernel-patches"
@@ -38,10 +40,13 @@ def tree() -> Path:
     return Path(os.environ.get("KHO_LINUX") or cache_dir() / "linux")
 
 
+def tree_lock_file() -> Path:
+    return tree().with_name(tree().name + ".lock")
+
+
 def tree_lock():
     """One at a time in a tree; developers with trees of their own do not wait for each other."""
-    path = tree()
-    return lock(path.with_name(path.name + ".lock"), f"the kernel tree {path}")
+    return lock(tree_lock_file(), f"the kernel tree {tree()}")
 
 
 def patches() -> list:
@@ -146,26 +151,64 @@ def applied() -> list:
         return []
 
 
+def refs() -> dict:
+    """The branches: name -> commit."""
+    out = git("for-each-ref", "--format=%(refname:short) %(objectname)", "refs/heads")
+    return dict(line.split() for line in out.splitlines())
+
+
+def elsewhere() -> str:
+    """What is checked out instead of `series` (`base` in a new tree), with what to do."""
+    folder = Path(git("rev-parse", "--absolute-git-dir"))
+    for name, command in (("rebase-merge", "rebase"), ("rebase-apply/applying", "am"),
+                          ("rebase-apply", "rebase")):
+        if (folder / name).exists():
+            return (f"is in the middle of a 'git {command}'; end it with 'git {command} --continue' "
+                    f"or 'git {command} --abort'")
+    head = (folder / "HEAD").read_text().strip().removeprefix("ref: refs/heads/")
+    want = "series" if "series" in refs() else "base"
+    return "" if head == want else f"has {head} checked out, not {want}; run 'git checkout {want}' there"
+
+
 def edited() -> str:
     """Why the tree must not be touched: commits or changes that were not exported."""
     if git("status", "--porcelain", "--untracked-files=no"):
         return "uncommitted changes"
-    head, base = git("rev-parse", "HEAD"), git("rev-parse", "base")
-    known = {c for _, c in applied()} | {base}
-    return "" if head in known else "commits that were not exported"
+    known, own = refs(), applied()
+    last = own[-1][1] if own else known["base"]
+    return "" if known.get("series", last) == last else "commits that were not exported"
+
+
+@functools.cache
+def warn_if_edited() -> None:
+    """A build from kernel-patches/ is there already: say if the tree is not what it was made from.
+
+    Once in a process, as it takes a moment. Nothing is said while somebody else works in the
+    tree, who may be applying patches.
+    """
+    if not (tree() / ".git/lab-version").exists():
+        return
+    with if_unlocked(tree_lock_file()) as free:
+        why = free and (elsewhere() or edited() and f"has {edited()}")
+    if why:
+        say(f"WARNING: the kernel tree {tree()} {why}; this kernel is built from kernel-patches/, "
+            "without what is in the tree (--as-is builds it as it stands)")
 
 
 def apply_series() -> None:
     """Bring `series` to kernel-patches/; files of unchanged patches stay untouched."""
     want = [(digest(p), p) for p in patches()]
     have = applied()
+    other = elsewhere()
+    if other:
+        raise LabError(f"the kernel tree {tree()} {other}")
     why = edited()
     if why:
         raise LabError(f"the kernel tree {tree()} has {why}; run 'lab kernel export' to write them "
                        "to kernel-patches/, 'lab kernel build --as-is' to build the tree as it "
                        "stands, or 'lab kernel discard' to drop them")
-    if git("symbolic-ref", "-q", "--short", "HEAD") != "series":
-        git("checkout", "-q", "-B", "series", "base")
+    if "series" not in refs():
+        git("checkout", "-q", "-b", "series", "base")
         have = []
     same = 0
     while same < min(len(have), len(want)) and have[same][0] == want[same][0]:
@@ -176,17 +219,17 @@ def apply_series() -> None:
     git("reset", "-q", "--hard", have[same - 1][1] if same else "base")
     done = have[:same]
     say(f"applying {len(want) - same} of {len(want)} patches")
-    for key, patch in want[same:]:
-        try:
+    try:
+        for key, patch in want[same:]:
             git("am", "-q", "--3way", "--keep-cr", str(patch), what=f"applying {patch.name}")
-        except LabError as e:
-            subprocess.run(["git", "am", "--abort"], cwd=tree(), check=False,
-                           capture_output=True)
-            write_applied(done)
-            raise LabError(f"the patch {patch.name} does not apply to {PACKAGE} "
-                           f"{(tree() / '.git/lab-version').read_text().strip()}: {e}") from e
-        done.append((key, git("rev-parse", "HEAD")))
-    write_applied(done)
+            done.append((key, git("rev-parse", "HEAD")))
+    except LabError as e:
+        raise LabError(f"the patch {patch.name} does not apply to {PACKAGE} "
+                       f"{(tree() / '.git/lab-version').read_text().strip()}: {e}") from e
+    finally:
+        if len(done) < len(want):
+            subprocess.run(["git", "am", "--abort"], cwd=tree(), check=False, capture_output=True)
+        write_applied(done)
 
 
 def write_applied(rows) -> None:
@@ -195,32 +238,46 @@ def write_applied(rows) -> None:
 
 def export() -> None:
     """Write the commits base..series to kernel-patches/, numbered, with the cover letter."""
+    other = elsewhere()
+    if other or "series" not in refs():
+        raise LabError(f"the kernel tree {tree()} {other or 'has no series yet'}; nothing was exported")
     if git("status", "--porcelain", "--untracked-files=no"):
         raise LabError(f"the kernel tree {tree()} has uncommitted changes; commit them first")
-    for old in patches():
-        old.unlink()
-    out = git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
-              "--abbrev=9",     # whatever else the repository holds
-              "--subject-prefix=PATCH 7.3", "-N", "--output-directory", str(PATCHES), "base..HEAD")
-    head = git("rev-parse", "HEAD")
-    git("checkout", "-q", "-B", "series", head)
-    commits = git("rev-list", "--reverse", "base..HEAD").split()
+    if not edited() and [k for k, _ in applied()] != [digest(p) for p in patches()]:
+        raise LabError(f"the kernel tree {tree()} holds {len(applied())} patches that were applied there, "
+                       f"and nothing new; kernel-patches/ has {len(patches())}, not the same ones: "
+                       "nothing was exported; 'lab kernel tree' applies them")
+    commits = git("rev-list", "--reverse", "base..series").split()
+    cover = PATCHES / "0000-cover-letter.txt"
+    text = cover_letter(cover.read_text() if cover.exists() else "", len(commits))
+    with tempfile.TemporaryDirectory(prefix="export-", dir=PATCHES) as tmp:
+        git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
+            "--abbrev=9",     # whatever else the repository holds
+            "--subject-prefix=PATCH 7.3", "-N", "--output-directory", tmp, "base..series")
+        for old in patches():
+            old.unlink()
+        for new in sorted(Path(tmp).iterdir()):
+            new.rename(PATCHES / new.name)
     write_applied([(digest(p), c) for p, c in zip(patches(), commits)])
     (PATCHES / "BASE").write_text(f"{PACKAGE} {(tree() / '.git/lab-version').read_text().strip()}\n")
-    cover = PATCHES / "0000-cover-letter.txt"
-    text = cover.read_text() if cover.exists() else "Subject: [PATCH 7.3 0/0] \n\n"
-    text = re.sub(r"\[PATCH 7.3 0/\d+\]", f"[PATCH 7.3 0/{len(commits)}]", text, count=1)
-    head_text = text.split("\n-- \n")[0].rstrip()
-    stat = git("diff", "--stat=78", "base..HEAD")
-    log = git("log", "--reverse", "--format=  %s", "base..HEAD")
-    cover.write_text(f"{head_text}\n\n-- \n{log}\n\n{stat}\n")
-    say(f"{len(commits)} patches written to kernel-patches/{out}")
+    cover.write_text(text)
+    say(f"{len(commits)} patches written to kernel-patches/")
+
+
+def cover_letter(old: str, count: int) -> str:
+    """The text of @old with the list and the statistics of the series as it is now."""
+    text = old or "Subject: [PATCH 7.3 0/0] \n\n"
+    text = re.sub(r"\[PATCH 7.3 0/\d+\]", f"[PATCH 7.3 0/{count}]", text, count=1)
+    stat = git("diff", "--stat=78", "base..series")
+    log = git("log", "--reverse", "--format=  %s", "base..series")
+    return text.split("\n-- \n")[0].rstrip() + f"\n\n-- \n{log}\n\n{stat}\n"
 
 
 def discard() -> None:
     """Drop what was not exported and go back to kernel-patches/."""
+    for command in ("rebase", "am"):
+        subprocess.run(["git", command, "--quit"], cwd=tree(), check=False, capture_output=True)
     git("checkout", "-q", "-f", "-B", "series", "base")
-    git("reset", "-q", "--hard", "base")
     write_applied([])
     apply_series()
 
@@ -235,6 +292,9 @@ def prepare() -> None:
 
 
 # --- the build ------------------------------------------------------------------
+
+BUILD_ENV = {"KBUILD_BUILD_USER": "lab", "KBUILD_BUILD_HOST": "lab",
+             "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 2026"}
 
 def fragments(config: str, unpatched=False) -> list:
     path = CONFIGS / f"{config}.config"
@@ -269,6 +329,11 @@ def compiler() -> str:
     return run(["gcc", "--version"]).splitlines()[0]
 
 
+def make_flags(config: str, release: str) -> list:
+    """What make is told that a kernel depends on; a part of its key, as BUILD_ENV is."""
+    return [f"O=build-{config}", f"LOCALVERSION=-{config}{release}"]
+
+
 def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") -> Path:
     """Build a kernel; the folder returned has bzImage, config, System.map and modules.tar.
 
@@ -278,36 +343,45 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
     names = [] if unpatched else patches()
     for tool in ("gcc", "make", "flex", "bison", "bc"):
         need_program(tool)
+    how = [compiler(), *make_flags(config, release), BUILD_ENV, *frags]
     store = cache_dir() / "kernels"
-    key = digest(source_version(), patches_of(names), release, compiler(), *frags)
-    out = store / f"{config}-{key}"
+    out = store / f"{config}-{digest(source_version(), patches_of(names), *how)}"
+    if as_is and not (tree() / ".git").exists():
+        raise LabError(f"there is no kernel tree {tree()} yet; 'lab kernel tree' makes it")
     if out.exists() and not as_is:
         os.utime(out)
+        if not unpatched:
+            warn_if_edited()
         return out
     with tree_lock():
-        if out.exists() and not as_is:
+        if as_is:
+            out = store / f"{config}-as-is-{digest(git('rev-parse', 'HEAD'), changes(GIT, tree()), *how)}"
+        if out.exists():
             return out
-        src = tree()
         if not as_is:
             prepare()
-        if unpatched:
-            src = work_tree("-base")
-        if as_is:
-            key = digest(git("rev-parse", "HEAD"), git("diff", "HEAD"), release, *frags)
-            out = store / f"{config}-as-is-{key}"
-            if out.exists():
-                return out
-        compile_kernel(src, config, frags, release, out)
+        compile_kernel(work_tree("-base", at_base=True) if unpatched else tree(), config, frags, release, out)
     prune(store, keep=24)
     return out
 
 
-def work_tree(suffix: str) -> Path:
-    """A work tree of its own beside the tree, named by @suffix; at `base` when it is new."""
+def work_tree(suffix: str, at_base=False) -> Path:
+    """A work tree of its own beside the tree, named by @suffix, made again if it belongs to another tree.
+
+    At `base` when it is new; with @at_base always, with all of its files.
+    """
     path = tree().with_name(tree().name + suffix)
-    if not path.exists():
+    common = ("rev-parse", "--path-format=absolute", "--git-common-dir")
+    try:
+        own = git(*common) == git(*common, cwd=path)
+    except LabError:
+        own = False
+    if not own:
+        shutil.rmtree(path, ignore_errors=True)
         git("worktree", "prune")
         git("worktree", "add", "-q", "--detach", str(path), "base")
+    elif at_base:
+        git("checkout", "-q", "-f", "--detach", "base", cwd=path)
     return path
 
 
@@ -318,11 +392,8 @@ def compile_kernel(src: Path, config: str, frags: list, release: str, out: Path)
     log = objs / "lab.log"
     log.write_text("")
     cc = "ccache gcc" if shutil.which("ccache") else "gcc"
-    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "CCACHE_MAXSIZE": "6G",
-           "KBUILD_BUILD_USER": "lab", "KBUILD_BUILD_HOST": "lab",
-           "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 2026"}
-    make = ["make", f"O=build-{config}", f"-j{os.cpu_count()}", f"CC={cc}",
-            f"LOCALVERSION=-{config}{release}"]
+    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "CCACHE_MAXSIZE": "6G", **BUILD_ENV}
+    make = ["make", f"-j{os.cpu_count()}", f"CC={cc}", *make_flags(config, release)]
     allconfig = objs / "lab.config"
     allconfig.write_text("".join(f.read_text() + "\n" for f in frags))
     run([*make, "allnoconfig"], cwd=src, env={**env, "KCONFIG_ALLCONFIG": str(allconfig)}, log=log,

@@ -115,15 +115,27 @@ def a_cache_that_cannot_be_written(ctx):
         s.refused(s.lab("kernel", "tree", KHO_CACHE="/proc/nowhere"), "/proc/nowhere", "KHO_CACHE")
 
 
-def sparse_tree(s):
-    """A clone of the kernel tree with a few files only: enough for patches, quick to make."""
-    path = s.dir / "linux"
-    for cmd in (["clone", "-q", "--shared", "--no-checkout", "-b", "base", str(kernel.tree()), str(path)],
-                ["-C", str(path), "sparse-checkout", "set", "--no-cone", "/Makefile"],
-                ["-C", str(path), "checkout", "-q", "base"]):
-        subprocess.run(["git", *cmd], check=True, capture_output=True)
-    (path / ".git/lab-version").write_text((kernel.tree() / ".git/lab-version").read_text())
+def small_tree(s):
+    """A kernel tree of one file, as new, in the cache: enough for patches and builds that are not run."""
+    path = s.cache / "linux"
+    path.mkdir()
+    (path / "Makefile").write_text("all:\n")
+    for cmd in (["init", "-q", "-b", "base"], ["add", "."], ["commit", "-q", "-m", "base"]):
+        subprocess.run([*kernel.GIT, *cmd], cwd=path, check=True, capture_output=True)
+    (path / ".git/lab-version").write_text(kernel.recorded_version() + "\n")
+    for p in (s.project / "kernel-patches").glob("*.patch"):
+        p.unlink()
     return path
+
+
+def git(tree, *args):
+    return subprocess.run([*kernel.GIT, *args], cwd=tree, check=True, capture_output=True, text=True).stdout
+
+
+def commit(tree, name):
+    (tree / name).write_text(name)
+    git(tree, "add", ".")
+    git(tree, "commit", "-q", "-m", name)
 
 
 BROKEN_PATCH = """From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
@@ -149,31 +161,97 @@ index 1111111..2222222 100644
 """
 
 
-@test(image=False)
+@test(kernels=(), image=False)
 def a_patch_that_does_not_apply(ctx):
     with Scratch() as s:
-        for p in (s.project / "kernel-patches").glob("*.patch"):
-            p.unlink()
+        tree = small_tree(s)
         (s.project / "kernel-patches/0001-broken.patch").write_text(BROKEN_PATCH)
-        tree = sparse_tree(s)
-        s.refused(s.lab("kernel", "tree", KHO_LINUX=str(tree)), "0001-broken.patch",
-                  "does not apply", kernel.PACKAGE)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=tree, capture_output=True,
-                                text=True, check=True).stdout
+        s.refused(s.lab("kernel", "tree"), "0001-broken.patch", "does not apply", kernel.PACKAGE)
+        status = git(tree, "status", "--porcelain")
         expect(not status and not (tree / ".git/rebase-apply").exists(),
                f"the tree is left in the middle of the patch: {status}")
+        s.refused(s.lab("kernel", "export"), "nothing was exported")
+        expect((s.project / "kernel-patches/0001-broken.patch").exists(), "the patch that is not in the tree is gone")
 
 
-@test(image=False)
+@test(kernels=(), image=False)
 def commits_that_were_not_exported(ctx):
-    """A build never throws away a developer's commits."""
+    """Nothing throws away a developer's commits, or the patches, whatever is checked out in the tree."""
     with Scratch() as s:
-        for p in (s.project / "kernel-patches").glob("*.patch"):
-            p.unlink()
-        tree = sparse_tree(s)
-        expect(s.lab("kernel", "tree", KHO_LINUX=str(tree)).returncode == 0, "no tree")
-        subprocess.run([*kernel.GIT, "commit", "-q", "--allow-empty", "-m", "work"], cwd=tree, check=True)
-        s.refused(s.lab("kernel", "tree", KHO_LINUX=str(tree)), "not exported", "lab kernel export")
+        tree = small_tree(s)
+        expect(s.lab("kernel", "tree").returncode == 0, "no tree")
+        for name in ("one", "two"):
+            commit(tree, name)
+        s.refused(s.lab("kernel", "tree"), "not exported", "lab kernel export")
+        expect(s.lab("kernel", "export").returncode == 0, "not exported")
+        commit(tree, "three")
+        series = git(tree, "rev-parse", "series")
+        for begin, end in ((["checkout", "-q", "base"], ["checkout", "-q", "series"]),
+                           (["checkout", "-q", "--detach"], ["checkout", "-q", "series"]),
+                           (["-c", "sequence.editor=echo break >", "rebase", "-i", "base"], ["rebase", "--abort"])):
+            git(tree, *begin)
+            for verb in ("tree", "export"):
+                s.refused(s.lab("kernel", verb), str(tree), "run 'git" if "checkout" in begin else "--abort")
+            git(tree, *end)
+        expect(git(tree, "rev-parse", "series") == series, "the branch was moved")
+        names = sorted(p.name for p in (s.project / "kernel-patches").glob("*.patch"))
+        expect(names == ["0001-one.patch", "0002-two.patch"], f"the patches are now {names}")
+        expect(s.lab("kernel", "export").returncode == 0, "not exported")
+        expect((s.project / "kernel-patches/0003-three.patch").exists(), "the commit was not exported")
+
+
+BUILDS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import kernel
+made = []
+def compile_kernel(src, config, frags, release, out):
+    made.append(src)
+    out.mkdir(parents=True)
+kernel.compile_kernel = compile_kernel
+def build(**kw):
+    before = len(made)
+    kernel.build(**kw)
+    print(len(made) - before, end=" ")
+tree = kernel.tree()
+build(); build()
+build(as_is=True); build(as_is=True)
+for text in "12":       # of a file that git does not know
+    (tree / "new.c").write_text(text)
+    build(as_is=True)
+(tree / "Makefile").write_text("edited")
+kernel.warn_if_edited.cache_clear()
+build(as_is=True); build()
+own, kernel.compiler = kernel.compiler, lambda: "another"
+build(as_is=True)
+kernel.compiler = own
+kernel.git("checkout", "Makefile")
+kernel.warn_if_edited.cache_clear()
+build(); build(unpatched=True)
+"""
+
+
+@test(kernels=(), image=False)
+def a_kernel_is_built_from_what_it_says(ctx):
+    """Not from the tree as it was before, whatever has changed in it; what is not built is said."""
+    with Scratch() as s:
+        tree = small_tree(s)
+        r = subprocess.run([sys.executable, "-B", "-c", BUILDS, str(s.project / "tests/lab")],
+                           capture_output=True, text=True, check=False, env=s.environment())
+        expect(r.stdout.split() == list("10" "10" "11" "10" "1" "01"), f"builds: {r.stdout}{r.stderr}")
+        expect(r.stderr.count("WARNING") == 1 and "uncommitted changes" in r.stderr, f"no warning: {r.stderr}")
+        s.refused(s.lab("run", "--as-is", KHO_LINUX="/nowhere/linux"), "/nowhere/linux", "lab kernel tree")
+        beside = s.cache / "linux-base"
+        shutil.rmtree(tree)
+        small_tree(s)
+        commit(tree, "another-source")
+        (beside / "Makefile").unlink()
+        code = BUILDS.split("made = ")[0] + "print(kernel.work_tree('-base', at_base=True))"
+        for what in ("the unpatched tree is of another source", "a file of the unpatched tree is gone"):
+            subprocess.run([sys.executable, "-B", "-c", code, str(s.project / "tests/lab")], check=True,
+                           env=s.environment(), capture_output=True)
+            expect((beside / "Makefile").exists() and (beside / "another-source").exists(), what)
+            (beside / "Makefile").unlink()
 
 
 @test(image=False)
