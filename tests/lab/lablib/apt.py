@@ -7,11 +7,12 @@ verified; a Release file past its Valid-Until date is tolerated, because a lab
 may sit behind a mirror that is no longer updated.
 """
 
+import functools
 import shutil
 from pathlib import Path
 from urllib.parse import urlparse
 
-from .common import LabError, cache_dir, run, say
+from .common import LabError, cache_dir, lock, run, say
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITES = ("trixie", "trixie-backports", "forky", "sid", "experimental")
@@ -23,7 +24,7 @@ def mirror() -> str:
                "Created-By: Packages"], what="reading the system's apt configuration")
     uris = []
     for line in out.splitlines():
-        uri = line.split("|")[1].rstrip("/")
+        uri = entry(line.split("|")[1]).rstrip("/")
         path = urlparse(uri).path.rstrip("/")
         if path.endswith("/debian") or path == "/debian":
             uris.append(uri)
@@ -31,6 +32,27 @@ def mirror() -> str:
         raise LabError("the system's apt configuration names no Debian mirror "
                        "(no URI that ends in /debian); add one to /etc/apt/sources.list")
     return uris[0]
+
+
+def entry(uri: str) -> str:
+    """@uri, or the first web address of the list of mirrors that it names, as Debian's cloud images have it."""
+    path = uri.removeprefix("mirror+file:")
+    if path == uri:
+        return uri
+    try:
+        words = [w for line in Path(path.rstrip("/")).read_text().splitlines() for w in line.split()[:1]]
+    except OSError as e:
+        raise LabError(f"the system's apt configuration names {uri}, which cannot be read: {e.strerror}") from e
+    return next((w for w in words if w.startswith(("http:", "https:"))), "")
+
+
+def locked(method):
+    """One process at a time in the folder; between two calls lists may become newer, no more."""
+    @functools.wraps(method)
+    def call(self, *args):
+        with lock(self.dir.with_name(f"{self.dir.name}.lock"), "Debian's packages"):
+            return method(self, *args)
+    return call
 
 
 class Apt:
@@ -61,6 +83,7 @@ class Apt:
                 "Acquire::Retries": "2"}
         return [x for k, v in opts.items() for x in ("-o", f"{k}={v}")]
 
+    @locked
     def update(self) -> None:
         uri = mirror()
         (self.dir / "etc/sources.list").write_text("".join(
@@ -73,6 +96,7 @@ class Apt:
                            "check the connection, or put the packages into the cache "
                            f"{cache_dir()} from another machine") from e
 
+    @locked
     def versions(self, package: str) -> list:
         """The versions that the suites offer, newest first."""
         out = run(["apt-cache", *self.options(), "madison", package])
@@ -83,6 +107,7 @@ class Apt:
                 seen.append(fields[1])
         return seen
 
+    @locked
     def suite_with(self, package: str, at_least: str) -> str:
         """The first of the suites in which @package is at least @at_least."""
         uri = mirror()
@@ -98,6 +123,7 @@ class Apt:
                 return suite
         raise LabError(f"no Debian suite at {uri} has {package} >= {at_least} (seen: {found})")
 
+    @locked
     def download(self, package: str, version: str, into: Path) -> Path:
         """Fetch one package; the file is complete or absent."""
         tmp = into / "partial"
@@ -111,6 +137,7 @@ class Apt:
         tmp.rmdir()
         return deb
 
+    @locked
     def download_all(self, packages) -> list:
         """Fetch @packages (NAME or NAME/SUITE), and what they need as far as it is not installed.
 

@@ -55,6 +55,22 @@ class Scratch:
         expect(not left, f"left half done: {left}")
 
 
+    def python(self, code, prefix=(), **env):
+        """@code with the lab's modules, which are in the folder that is its argument."""
+        return subprocess.run([*prefix, sys.executable, "-B", "-c", code, str(self.project / "tests/lab")],
+                              capture_output=True, text=True, check=False, env=self.environment(**env))
+
+    def programs(self, **texts):
+        """A PATH on which these programs, scripts of sh, come first."""
+        folder = self.dir / "bin"
+        folder.mkdir()
+        for name, text in texts.items():
+            path = folder / name.replace("_", "-")
+            path.write_text(f"#!/bin/sh\n{text}\n")
+            path.chmod(0o755)
+        return f"{folder}:{os.environ['PATH']}"
+
+
 def in_namespace(*kinds):
     """A prefix that runs a program in new namespaces, as root there."""
     extra = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
@@ -92,11 +108,69 @@ def a_source_that_is_gone_from_the_mirror(ctx):
     """The newest is taken, with a warning, and kept: the mirror is not asked again."""
     with Scratch() as s:
         (s.project / "kernel-patches/BASE").write_text(f"{kernel.PACKAGE} 7.3.0-0\n")
-        r = subprocess.run([sys.executable, "-B", "-c", GONE, str(s.project / "tests/lab")],
-                           capture_output=True, text=True, check=False, env=s.environment())
+        r = s.python(GONE)
         name = f"{kernel.PACKAGE}_7.3.99-1_all.deb"
         expect(r.stdout.split() == [name, name, "7.3.99-1"], f"{r.stdout}{r.stderr}")
         expect(r.stderr.count("WARNING") == 1 and "7.3.0-0" in r.stderr, f"no warning: {r.stderr}")
+
+
+# Debian's cloud images have their mirrors in a file, which apt names with a slash at the end.
+APT_GET = """echo "$*" >> "$ASKED"
+[ "$1" = indextargets ] && echo "$3" | sed "s,\\$(REPO_URI),mirror+file:$LIST/,; s,\\$([A-Z_]*),,g"
+exit 0"""
+DPKG_QUERY = """case "$3 $4" in
+*Version*) echo "$QEMU" ;;
+*qemu-utils) ;;
+*) echo installed ;;
+esac"""
+MIRROR = "import sys; sys.path.insert(0, sys.argv[1]); from lablib import apt; print(apt.mirror())"
+
+
+@test(kernels=(), image=False)
+def a_mirror_that_is_a_list_and_qemu_without_its_tools(ctx):
+    """The list is read by the lab and by setup, which installs qemu-img for a QEMU that is there already."""
+    with Scratch() as s:
+        mirrors = s.dir / "debian.list"
+        mirrors.write_text("# nearest first\nhttp://deb.debian.org/debian priority:1\nhttp://other.debian.org/debian\n")
+        env = {"PATH": s.programs(apt_get=APT_GET, dpkg_query=DPKG_QUERY, sudo='exec "$@"'),
+               "LIST": str(mirrors), "ASKED": str(s.dir / "asked")}
+        r = s.python(MIRROR, **env)
+        expect(r.stdout == "http://deb.debian.org/debian\n", f"the mirror is {r.stdout}{r.stderr}")
+        for qemu, word in (("1:7.2+dfsg-7", "install .*bookworm-backports qemu-system-x86 qemu-utils"),
+                           ("1:10.0.2+ds-1", "install --no-install-recommends qemu-utils$")):
+            r = subprocess.run([str(s.project / "tests/lab/setup")], capture_output=True, text=True, check=False,
+                               env=s.environment(QEMU=qemu, **env))
+            asked = (s.dir / "asked").read_text()
+            expect(r.returncode == 0 and re.search(word, asked, re.M), f"{r.stderr}{asked}")
+        sources = (s.cache / "apt-backports/sources.list").read_text()
+        expect(sources.count(" http://deb.debian.org/debian bookworm") == 3, f"setup reads from {sources}")
+
+
+TOGETHER = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from lablib import apt
+at, most = [], []
+def run(cmd, **kw):
+    at.append(cmd)
+    most.append(len(at))
+    time.sleep(0.3)
+    at.pop()
+    return ""
+apt.run, apt.mirror = run, lambda: "http://deb.debian.org/debian"
+verbs = [threading.Thread(target=apt.Apt().update) for _ in range(2)]
+[v.start() for v in verbs]
+[v.join() for v in verbs]
+print(max(most))
+"""
+
+
+@test(kernels=(), image=False)
+def two_verbs_that_fetch(ctx):
+    """One waits for the other, as apt itself would not."""
+    with Scratch() as s:
+        r = s.python(TOGETHER)
+        expect(r.stdout == "1\n" and "waiting" in r.stderr, f"at a time: {r.stdout}{r.stderr}")
 
 
 @test(kernels=(), image=False)
@@ -236,8 +310,7 @@ def a_kernel_is_built_from_what_it_says(ctx):
     """Not from the tree as it was before, whatever has changed in it; what is not built is said."""
     with Scratch() as s:
         tree = small_tree(s)
-        r = subprocess.run([sys.executable, "-B", "-c", BUILDS, str(s.project / "tests/lab")],
-                           capture_output=True, text=True, check=False, env=s.environment())
+        r = s.python(BUILDS)
         expect(r.stdout.split() == list("10" "10" "11" "10" "1" "01"), f"builds: {r.stdout}{r.stderr}")
         expect(r.stderr.count("WARNING") == 1 and "uncommitted changes" in r.stderr, f"no warning: {r.stderr}")
         s.refused(s.lab("run", "--as-is", KHO_LINUX="/nowhere/linux"), "/nowhere/linux", "lab kernel tree")
@@ -248,8 +321,7 @@ def a_kernel_is_built_from_what_it_says(ctx):
         (beside / "Makefile").unlink()
         code = BUILDS.split("made = ")[0] + "print(kernel.work_tree('-base', at_base=True))"
         for what in ("the unpatched tree is of another source", "a file of the unpatched tree is gone"):
-            subprocess.run([sys.executable, "-B", "-c", code, str(s.project / "tests/lab")], check=True,
-                           env=s.environment(), capture_output=True)
+            s.python(code)
             expect((beside / "Makefile").exists() and (beside / "another-source").exists(), what)
             (beside / "Makefile").unlink()
 
