@@ -2,6 +2,7 @@
 """The command line: one function per verb, thin over the modules."""
 
 import argparse
+import errno
 import shlex
 import signal
 import sys
@@ -201,6 +202,13 @@ def interrupted(_signal, _frame):
     raise KeyboardInterrupt
 
 
+def of_system(e: OSError) -> str:
+    """A sentence for what the system refused."""
+    text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+    full = "; remove something or set KHO_CACHE to a larger file system"
+    return text + (full if e.errno in (errno.ENOSPC, errno.EDQUOT) else "")
+
+
 def main():
     a = parser().parse_args()
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -210,6 +218,9 @@ def main():
         return a.run(a) or 0
     except LabError as e:
         print(f"lab: error: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"lab: error: {of_system(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import disk
-from .common import LabError, cache_dir, last_lines, need_program, say
+from .common import LabError, cache_dir, last_lines, need_space, run, say
 from .emulator import emulator
 from .profiles import device_args, profile
 
@@ -166,7 +166,10 @@ class VM:
         runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
         runs.mkdir(parents=True, exist_ok=True)
         prune_runs(runs)
+        need_space(runs, 0.5, "a guest")
         self.dir = Path(tempfile.mkdtemp(prefix=f"{time.strftime('%H%M%S')}-{name}-", dir=runs))
+        (self.dir / "owner").write_text(f"{os.getpid()}\n")
+        started().append(self.dir)
         self.share = self.dir / "share"
         self.share.mkdir()
         self.proc = self.qga = self.qmp = self.console = self.journal = None
@@ -192,6 +195,7 @@ class VM:
     def __exit__(self, exc_type, exc, _tb):
         if exc is not None and not isinstance(exc, KeyboardInterrupt):
             say(f"the logs of this guest are in {self.dir}")
+            (self.dir / "failed").touch()
         self.stop()
 
     def cmdline(self) -> str:
@@ -247,9 +251,8 @@ class VM:
         return args + device_args(self.devices, iter(nets), iter(disks))
 
     def start(self):
-        need_program("qemu-img")
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b",
-                        str(self.image), str(self.dir / "disk.qcow2")], check=True)
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.image,
+             self.dir / "disk.qcow2"], what="making the guest's disk")
         qemu_ends = []
         for kind in self.devices:
             if kind.lstrip("+") in ("e1000e", "igb", "virtio-net"):
@@ -508,16 +511,41 @@ def buffered_pair(kind):
     return ours, theirs
 
 
-def prune_runs(runs: Path, keep: int = 60):
-    """The oldest logs go, but never those of a guest that still runs."""
+THREAD = threading.local()
+KEEP, KEEP_FAILED = 60, 40
+
+
+def started() -> list:
+    """Folders of the guests that this thread has started since runs_ended()."""
+    if not hasattr(THREAD, "runs"):
+        THREAD.runs = []
+    return THREAD.runs
+
+
+def runs_ended(failed) -> None:
+    """The test that this thread has run is over: if it failed, its logs are kept longer than others."""
+    while started():
+        folder = started().pop()
+        with contextlib.suppress(OSError):
+            if failed:
+                (folder / "failed").touch()
+            (folder / "owner").unlink()
+
+
+def prune_runs(runs: Path):
+    """The oldest logs go, of failures by a count of their own; never those that somebody is at."""
     def age(p):
         try:
             return p.stat().st_mtime
         except OSError:         # somebody else has removed it
             return 0.0
-    old = sorted((p for p in runs.iterdir() if p.is_dir()), key=age)
-    for p in old[:-keep]:
+
+    def in_use(p):              # by a guest, or by a test that has not ended
         with contextlib.suppress(OSError, ValueError):
-            os.kill(int((p / "pid").read_text()), 0)
-            continue
-        shutil.rmtree(p, ignore_errors=True)
+            return Path(f"/proc/{int(p.read_text())}").exists()
+        return False
+    every = sorted((p for p in runs.iterdir() if p.is_dir()), key=age)
+    failed = [p for p in every if (p / "failed").exists()]
+    for p in [p for p in every if p not in failed][:-KEEP] + failed[:-KEEP_FAILED]:
+        if not in_use(p / "pid") and not in_use(p / "owner"):
+            shutil.rmtree(p, ignore_errors=True)

@@ -183,6 +183,35 @@ def no_space(ctx):
         s.refused(r, "no space", "GiB", "KHO_CACHE")
 
 
+FULL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import cli
+with open(cli.cache_dir() / "file", "wb", buffering=0) as f:
+    try:
+        while f.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+cli.kernel.build = lambda *a, **kw: cli.cache_dir()
+cli.full_image = lambda: cli.cache_dir() / "file"
+sys.argv[1:] = ["run"]
+sys.exit(cli.main())
+"""
+
+
+@test(kernels=(), image=False)
+def no_space_for_a_guest(ctx):
+    """Before it is started; where so much is not asked for, when it is."""
+    with Scratch() as s:
+        # One of the two waits for the system to refuse, whatever is written first.
+        for gib, words in ((None, ("no space: a guest needs", "KHO_CACHE")), ("0", ("No space left", "KHO_CACHE"))):
+            env = {"KHO_LAB_ACCEL": "tcg", **({"KHO_LAB_NEED_GIB": gib} if gib else {})}
+            mount = f'mount -t tmpfs -o size=4M tmpfs {s.cache} && exec "$@"'
+            r = s.python(FULL, [*in_namespace("--mount"), "sh", "-c", mount, "sh"], **env)
+            s.refused(r, *words)
+
+
 @test(kernels=(), image=False)
 def a_cache_that_cannot_be_written(ctx):
     with Scratch() as s:
