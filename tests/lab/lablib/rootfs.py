@@ -55,6 +55,8 @@ SOURCES = ("kho", "daemon", "proto", "systemd", "examples", "docs", "tests", "me
            "meson_options.txt", "meson.options", ":(exclude)tests/lab")
 # The clone may be another user's than root's.
 GIT = ("git", "-c", f"safe.directory={PROJECT}", "-C", PROJECT)
+MKE2FS = ("mke2fs", "-q", "-t", "ext4", "-L", "lab-root", "-m", "0", "-J", "size=16",
+          "-E", "lazy_itable_init=1,root_owner=0:0")
 IMAGE_SIZE = "2G"
 KEEP_IMAGES = 4
 IN_USE = 300        # seconds: a guest opens its image soon after it was asked for, and keeps it open
@@ -415,6 +417,10 @@ def selftests(tree: Path) -> Path:
     return target
 
 
+GUEST_GCC = ("gcc", "-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
+             "-s", "-I/tmp/uapi")
+
+
 def guest_programs() -> Path:
     """A folder with the lab's own programs in the guest (guest/*.c, and folders there
     with a main.c), linked statically.
@@ -428,7 +434,7 @@ def guest_programs() -> Path:
     sources |= {d.parent.name: sorted(d.parent.glob("*.c")) for d in GUEST.glob("*/main.c")}
     files = sorted([*GUEST.glob("*.c"), *GUEST.glob("*/*.[ch]")])
     uapi = PROJECT / "kho" / "uapi"
-    key = digest(build.name, *(str(f.relative_to(GUEST)) for f in files), *files,
+    key = digest(build.name, GUEST_GCC, *(str(f.relative_to(GUEST)) for f in files), *files,
                  *sorted(uapi.glob("linux/*.h")))
     target = cache_dir() / "guest-programs" / key
     with lock(cache_dir() / "guest-programs" / "lock", "the guest's programs"):
@@ -438,9 +444,7 @@ def guest_programs() -> Path:
             with making(target) as tmp:
                 for name, own in sources.items():
                     run(inside(build / "root",
-                               ["gcc", "-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra",
-                                "-Werror", "-static", "-pthread", "-s", "-I/tmp/uapi",
-                                "-o", f"/tmp/out/{name}",
+                               [*GUEST_GCC, "-o", f"/tmp/out/{name}",
                                 *(f"/tmp/src/{s.relative_to(GUEST)}" for s in own)],
                                ro={"src": GUEST, "uapi": uapi}, rw={"out": tmp}),
                         log=log, what=f"building {name} for the guest")
@@ -484,7 +488,7 @@ def image(selftests_dir=None, extra_debs=(), trees=()) -> Path:
     debs = [package(), *(Path(d) for d in extra_debs)]
     trees = [Path(t) for t in trees]
     parts = [root.name, programs.name, *(digest(d) for d in debs),
-             tree_digest(files_below(GUEST), GUEST), FILL_ROOT, INSTALL_DEBS, IMAGE_SIZE]
+             tree_digest(files_below(GUEST), GUEST), FILL_ROOT, INSTALL_DEBS, MKE2FS, IMAGE_SIZE]
     parts += [Path(selftests_dir).name] if selftests_dir else ["no selftests"]
     parts += [tree_digest(files_below(t), t) for t in trees]
     target = cache_dir() / "image" / f"{digest(*parts)}.ext4"
@@ -516,9 +520,7 @@ def _make_image(target: Path, root: Path, programs: Path, selftests_dir, debs, t
             run(inside(work, ["sh", "-c", INSTALL_DEBS, "lab", *names],
                        ro={"lab": GUEST, **folders}),
                 log=log, what="configuring the guest's root")
-            run(privileged(["mke2fs", "-q", "-t", "ext4", "-L", "lab-root", "-m", "0", "-J",
-                            "size=16", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", work, new,
-                            IMAGE_SIZE]),
+            run(privileged([*MKE2FS, "-d", work, new, IMAGE_SIZE]),
                 log=log, what="making the guest's file system")
             new.chmod(0o444)
             new.rename(target)
