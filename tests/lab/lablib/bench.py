@@ -27,7 +27,7 @@ import subprocess
 import time
 
 from . import bench_custody, bench_device, bench_memory, bench_plain, bench_restore, kernel, stats, timeline
-from .common import LabError, PROJECT, cache_dir, run, say
+from .common import LabError, PROJECT, clone_dir, run, say
 from .images import full_image
 from .qemu import VM
 
@@ -177,7 +177,7 @@ def gap(limit, seconds) -> None:
 
 def image() -> None:
     """Build tests/bench/image for release and let it print its figures."""
-    build, log = cache_dir() / "bench-build", cache_dir() / "bench-build.log"
+    build, log = clone_dir() / "bench-build", clone_dir() / "bench-build.log"
     log.write_bytes(b"")
     run(["meson", "setup", "--buildtype=release", *(["--reconfigure"] if build.exists() else []),
          build, PROJECT], log=log, what="configuring the benchmark")

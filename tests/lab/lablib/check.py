@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import threading
 import time
 import traceback
@@ -19,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import kernel
-from .common import LAB, PROJECT, LabError, cache_dir, digest, run, say
+from .common import LAB, PROJECT, LabError, cache_dir, changes, clone_dir, lock, run, say
 from .images import full_image
-from .qemu import VM
+from .qemu import VM, runs_ended
+from .rootfs import GIT
 
 TESTS = []
 PRINTING = threading.Lock()
@@ -108,6 +108,7 @@ def run_one(t: Test) -> Outcome:
         state, text = "FAILED", str(e) or traceback.format_exc(limit=3)
     except Exception:       # pylint: disable=broad-except
         state, text = "FAILED", traceback.format_exc()
+    runs_ended(failed=state == "FAILED")
     out = Outcome(t.name, state, time.monotonic() - start, text, ctx.counts, ctx.figures)
     report(out)
     return out
@@ -129,6 +130,12 @@ def prepare(tests):
         full_image()
 
 
+def prepared(tests) -> list:
+    """The outcome of prepare(), if it failed: then none of @tests can be run."""
+    out = run_one(Test("preparation", lambda _: prepare(tests), "", (), False))
+    return [out] if out.state == "FAILED" else []
+
+
 def totals(outcomes):
     passed = failed = skipped = 0
     for o in outcomes:
@@ -147,10 +154,35 @@ def select(tests, names):
     return [t for t in tests if any(n in t.name for n in names)]
 
 
+UNIT_ENV = {"CRITERION_VERBOSITY_LEVEL": "1"}      # or it does not say which cases it skips
+
+
+def skipped_cases(build: Path) -> tuple:
+    """What the unit tests in @build left out when they last ran.
+
+    ([names], [what is not allowed], how many programs did nothing, though they count as passed):
+    a program of criterion that skips its cases, or has none, ends like one that passed.
+    """
+    log = (build / "meson-logs/testlog.txt").read_text(errors="replace")
+    allowed, names, wrong, idle = allowed_skips(), [], [], 0
+    for part in re.split(r"^=+ +\d+/\d+ +=+$", log, flags=re.M)[1:]:
+        program = re.search(r"^test: +(.*)$", part, re.M)[1]
+        # The others are those that --filter leaves out.
+        cases = re.findall(r"^\[SKIP\] (\S+): (?!Test is disabled$)", part, re.M)
+        if re.search(r"^result: +exit status 77$", part, re.M):
+            cases.append(program)
+        if "Synthesis: Tested: 0 " in part:
+            idle += 1
+            wrong += [] if cases else [f"{program} has no case"]
+        names += cases
+        wrong += [f"{c} was skipped, and tests/lab/skips.txt does not allow it" for c in cases if c not in allowed]
+    return names, wrong, idle
+
+
 def unit_tests() -> Outcome:
-    """Build on this host and run meson's tests; each case counts."""
-    start, build, log = time.monotonic(), PROJECT / "build-check", cache_dir() / "unit-tests.log"
-    options = ["-Dwerror=true", "-Dfault_points=true"]
+    """Build on this host and run meson's tests; each program counts, and each case that is skipped."""
+    start, build, log = time.monotonic(), PROJECT / "build-check", clone_dir() / "unit-tests.log"
+    options, names, idle = ["-Dwerror=true", "-Dfault_points=true"], [], 0
     try:
         log.write_bytes(b"")
         run(["meson", "setup", "--reconfigure" if build.exists() else "--buildtype=debugoptimized",
@@ -158,14 +190,17 @@ def unit_tests() -> Outcome:
         run(["ninja", "-C", build], log=log, what="building for this host")
         # They wait more than they compute.
         run(["meson", "test", "-C", build, "--no-rebuild", "--print-errorlogs", "--num-processes",
-             str(3 * os.cpu_count())], log=log, what="the unit tests")
-        state, text = "ok", ""
+             str(3 * os.cpu_count())], log=log, env=UNIT_ENV, what="the unit tests")
+        names, wrong, idle = skipped_cases(build)
+        state, text = ("FAILED", "\n".join(wrong)) if wrong else ("ok", "")
     except LabError as e:
         state, text = "FAILED", str(e)
-    found = dict(re.findall(r"^(Ok|Fail|Skipped|Timeout):\s+(\d+)", log.read_text(errors="replace"), re.M))
-    counts = tuple(int(found.get(k, 0)) for k in ("Ok", "Fail", "Skipped"))
+    found = dict(re.findall(r"^(Ok|Fail|Timeout):\s+(\d+)", log.read_text(errors="replace"), re.M))
+    failed = int(found.get("Fail", 0)) + int(found.get("Timeout", 0))
     out = Outcome("unit-tests", state, time.monotonic() - start, text,
-                  counts if state == "ok" else (counts[0], max(counts[1], 1), counts[2]))
+                  (int(found.get("Ok", 0)) - idle, failed or int(state == "FAILED"), len(names)))
+    if names:
+        out.figures["skipped"] = ", ".join(names)
     report(out)
     return out
 
@@ -174,18 +209,29 @@ def check(names=(), jobs=2, unit_tests_too=False) -> int:
     """The quick tests; returns the exit status."""
     tests = select([t for t in load() if not t.part], names)
     start = time.monotonic()
-    outcomes = [unit_tests()] if unit_tests_too else []
-    prepare(tests)
+    outcomes = []
+    if unit_tests_too:
+        with lock(clone_dir() / "unit-tests.lock", "the unit tests"):
+            outcomes.append(unit_tests())
+    broken = prepared(tests)
+    outcomes += broken
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            outcomes += pool.map(run_one, tests)
+            outcomes += pool.map(run_one, [] if broken else tests)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
+    print(f"\n{0 if broken else len(tests)} tests of the lab in {time.monotonic() - start:.0f} s")
+    return closing_line(outcomes)
+
+
+def closing_line(outcomes) -> int:
     passed, failed, skipped = totals(outcomes)
-    print(f"\n{len(tests)} tests of the lab in {time.monotonic() - start:.0f} s")
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed or not passed else 0
+
+
+PART_MINUTES = 60
 
 
 def check_long(parts, fresh=False) -> int:
@@ -195,38 +241,56 @@ def check_long(parts, fresh=False) -> int:
     for p in parts:
         if p not in known:
             raise LabError(f"no part named {p}; there are {', '.join(known)}")
-    state_file = cache_dir() / "check-long.json"
-    state = json.loads(state_file.read_text()) if state_file.exists() else {}
     commit = tree_state()
     outcomes = []
     for part in parts or known:
         key = f"{part}@{commit}"
-        if key in state and not fresh:
-            say(f"{part}: passed already on this tree ({state[key]['date']})")
-            outcomes += [Outcome(**o) for o in state[key]["outcomes"]]
+        before = passed_parts().get(key)
+        if before and not fresh:
+            say(f"{part}: passed already on this tree ({before['date']})")
+            outcomes += [Outcome(**o) for o in before["outcomes"]]
             continue
-        chosen = [t for t in tests if t.part == part]
-        prepare(chosen)
-        start = time.monotonic()
-        got = [run_one(t) for t in chosen]
+        got = run_part(part, [t for t in tests if t.part == part], commit)
         outcomes += got
-        write_result(part, commit, got, time.monotonic() - start)
         if totals(got)[1] == 0:
-            state[key] = {"date": time.strftime("%Y-%m-%d"), "outcomes": [vars(o) for o in got]}
-            state_file.write_text(json.dumps(state))
-    passed, failed, skipped = totals(outcomes)
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
-    return 1 if failed or not passed else 0
+            passed_parts({key: {"date": time.strftime("%Y-%m-%d"), "outcomes": [vars(o) for o in got]}})
+    return closing_line(outcomes)
+
+
+def passed_parts(more=None) -> dict:
+    """The parts of check-long that passed, of all clones that use the cache; with @more written down, too."""
+    path = cache_dir() / "check-long.json"
+    with lock(cache_dir() / "check-long.lock", "writing down what has passed"):
+        known = {**(json.loads(path.read_text()) if path.exists() else {}), **(more or {})}
+        if more:
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(known))
+            new.rename(path)
+    return known
+
+
+def run_part(part, tests, commit) -> list:
+    """The outcomes of a part, written down; one that takes too long has failed."""
+    broken = prepared(tests)
+    if broken:
+        return broken
+    start = time.monotonic()
+    got = [run_one(t) for t in tests]
+    took = time.monotonic() - start
+    if took > PART_MINUTES * 60:
+        got.append(Outcome(f"{part}-in-time", "FAILED", took, f"it took more than {PART_MINUTES} minutes"))
+        report(got[-1])
+    write_result(part, commit, got, took)
+    return got
 
 
 def tree_state() -> str:
     """The commit, with a digest of what is not committed (results do not count)."""
-    def git(*a):
-        return subprocess.run(["git", *a], cwd=PROJECT, capture_output=True, text=True,
-                              check=False).stdout
-    diff = git("diff", "HEAD", "--", ".", ":!docs/results")
-    head = git("log", "-1", "--format=%h", "--", ".", ":!docs/results").strip()
-    return head + (f"+{digest(diff)[:6]}" if diff else "")
+    paths = (".", ":!docs/results")
+    head = run([*GIT, "log", "-1", "--format=%h", "--", *paths], cwd=PROJECT,
+               what="asking git for the commit to be tested").strip()
+    diff = changes(GIT, PROJECT, *paths)
+    return head + (f"+{diff[:6]}" if diff else "")
 
 
 def write_result(part, commit, outcomes, seconds):

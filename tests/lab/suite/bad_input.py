@@ -82,6 +82,9 @@ def no_network(ctx):
     with Scratch() as s:
         s.refused(s.lab("kernel", "tree", prefix=in_namespace("--net")), "no network", "mirror")
         expect(not (s.cache / "linux").exists(), "a kernel tree was begun")
+        r = s.lab("check", "a-guest-that-never-comes-up", prefix=in_namespace("--net"))
+        expect(r.returncode == 1 and "no network" in r.stdout and r.stdout.endswith("0 passed, 1 failed, 0 skipped\n"),
+               f"no closing line: {r.stdout}{r.stderr}")
 
 
 GONE = """
@@ -358,21 +361,17 @@ def a_kernel_is_built_from_what_it_says(ctx):
 @test(image=False)
 def a_configuration_that_lacks_something(ctx):
     """Found before an hour of building: the options that make a guest of the lab."""
-    config = cache_dir() / "lacking.config"
-    text = "".join(f.read_text() for f in kernel.fragments("minimal"))
-    config.write_text(text.replace("CONFIG_NETWORK_FILESYSTEMS=y", ""))
-    out = cache_dir() / "lacking"
-    out.mkdir(exist_ok=True)
-    subprocess.run(["make", "-s", f"O={out}", "allnoconfig"], cwd=kernel.tree(), check=True,
-                   env={**os.environ, "KCONFIG_ALLCONFIG": str(config)}, capture_output=True)
-    try:
-        kernel.check_config(out / ".config", [config])
-        raise AssertionError("a configuration without 9P_FS was taken")
-    except LabError as e:
-        expect("lacks what the lab needs: CONFIG_9P_FS" in str(e), str(e))
-    finally:
-        shutil.rmtree(out)
-        config.unlink()
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=cache_dir()) as tmp:
+        config = Path(tmp) / "lacking.config"
+        text = "".join(f.read_text() for f in kernel.fragments("minimal"))
+        config.write_text(text.replace("CONFIG_NETWORK_FILESYSTEMS=y", ""))
+        subprocess.run(["make", "-s", f"O={tmp}", "allnoconfig"], cwd=kernel.tree(), check=True,
+                       env={**os.environ, "KCONFIG_ALLCONFIG": str(config)}, capture_output=True)
+        try:
+            kernel.check_config(Path(tmp) / ".config", [config])
+            raise AssertionError("a configuration without 9P_FS was taken")
+        except LabError as e:
+            expect("lacks what the lab needs: CONFIG_9P_FS" in str(e), str(e))
 
 
 @test(kernels=(), image=False)

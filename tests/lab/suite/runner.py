@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The runner of the tests itself: what it keeps, what it counts, what it lets pass."""
+
+import subprocess
+
+from lablib import kernel
+from lablib.check import expect, test
+from suite.bad_input import Scratch
+
+LAB = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from lablib import check, kernel, qemu
+Test, expect = check.Test, check.expect
+def run(name, fn, part=""):
+    return check.run_one(Test(name, fn, part, (), False))
+"""
+
+
+def passes(s, code, **env):
+    """Run @code on the lab's modules; what it prints."""
+    r = s.python(LAB + code, **env)
+    expect(r.returncode == 0, r.stdout + r.stderr)
+    return r.stdout
+
+
+LOGS = """
+made = []
+def guest(name):
+    vm = qemu.VM(Path("kernel"), "image", name=name)
+    made.append(vm.dir)
+    vm.stop()
+def fails(_):
+    guest("fails")
+    raise AssertionError("as it has to")
+def many(_):
+    del made[:]
+    for _ in range(qemu.KEEP + 5):
+        guest("passes")
+    expect(all(d.exists() for d in made), "logs of a test that is not over are gone")
+run("fails", fails)
+kept = made[0]
+for _ in range(2):
+    expect(run("many", many).state == "ok", "see above")
+guest("last")
+expect(kept.exists(), "the logs of the failure are gone")
+count = len(list(kept.parent.iterdir()))
+expect(count <= qemu.KEEP + 3, f"{count} logs are kept")
+for _ in range(qemu.KEEP_FAILED + 1):
+    run("fails", fails)
+expect(not kept.exists(), "logs of failures are kept for ever")
+"""
+
+
+@test(kernels=(), image=False)
+def logs_of_a_failure_are_kept(ctx):
+    with Scratch() as s:
+        passes(s, LOGS, KHO_LAB_ACCEL="tcg")
+
+
+@test(kernels=(), image=False)
+def a_tree_is_known_by_all_that_is_in_it(ctx):
+    """New files count; in a clone of somebody else git is asked all the same; without git nothing passes."""
+    with Scratch() as s:
+        def state():
+            return passes(s, "print(check.tree_state())", GIT_TEST_ASSUME_DIFFERENT_OWNER="1").strip()
+        s.refused(s.lab("check-long", "units"), "not a git repository")
+        for cmd in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+            subprocess.run([*kernel.GIT, *cmd], cwd=s.project, check=True, capture_output=True)
+        seen = [state()]
+        (s.project / "docs/results").mkdir(parents=True)
+        (s.project / "docs/results/part.md").write_text("a result")
+        expect(seen == [state()] and seen[0].isalnum(), f"a result counts: {seen}, {state()}")
+        for text in "12":
+            (s.project / "new.c").write_text(text)
+            seen.append(state())
+        expect(len(set(seen)) == 3, f"a new file does not count: {seen}")
+
+
+PARTS = """
+def works(_):
+    check.passed_parts({"other@1": {"date": "", "outcomes": []}})
+check.TESTS = [Test("works", works, "part", (), False)]
+check.tree_state = lambda: "1"
+check.write_result = lambda *a: None
+expect(check.check_long(["part"]) == 0, "the part failed")
+expect(set(check.passed_parts()) == {"part@1", "other@1"}, "what another clone wrote meanwhile is gone")
+check.PART_MINUTES = 0
+expect(check.check_long(["part"], fresh=True) == 1, "the part took too long, and passed")
+"""
+
+
+@test(kernels=(), image=False)
+def a_part_that_takes_too_long(ctx):
+    """It fails; and two clones that run parts at the same time keep each other's results."""
+    with Scratch() as s:
+        expect("more than 0 minutes" in passes(s, PARTS), "no reason")
+
+
+CASES = """
+#include <criterion/criterion.h>
+Test(protocol, passes) { }
+Test(protocol, users) { cr_skip_test("no"); }
+Test(protocol, unknown) { cr_skip_test("no"); }
+"""
+MESON = """
+project('units', 'c')
+exe = executable('cases', 'cases.c', dependencies: dependency('criterion'))
+foreach c : ['passes', 'users'%s]
+  test(c, exe, args: ['--filter', 'protocol/' + c])
+endforeach
+"""
+
+
+@test(kernels=(), image=False)
+def cases_of_unit_tests_that_are_skipped(ctx):
+    """They count as skipped, and pass only if skips.txt names them; a program without a case fails."""
+    with Scratch() as s:
+        (s.project / "meson_options.txt").write_text("option('fault_points', type: 'boolean')\n")
+        (s.project / "cases.c").write_text(CASES)
+        for more, state, counts, words in (("", "ok", (1, 0, 1), "protocol::users"),
+                                           (", 'unknown'", "FAILED", (1, 1, 2), "protocol::unknown was skipped"),
+                                           (", 'absent'", "FAILED", (1, 1, 1), "absent has no case")):
+            (s.project / "meson.build").write_text(MESON % more)
+            out = passes(s, "o = check.unit_tests(); print(o.state, o.counts)")
+            expect(out.endswith(f"{state} {counts}\n") and words in out, out)
