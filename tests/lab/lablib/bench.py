@@ -5,8 +5,8 @@ blackout     reboot(2) to the first instruction of userspace
 service gap  a workload stopped to the same workload running again, with its memory in hand:
              claimed from khod, or passed by systemd
 
-Baseline and measured alternate in one guest, so that both see the same machine;
-pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
+Baseline and measured alternate in one guest, which of them first in turn, so that both see
+the same machine; pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
 guest has two CPUs: on one, what systemd starts side by side comes one after the other.
 
 gap          the service gap with memory in khod and in systemd's fd store, by instructions
@@ -115,6 +115,11 @@ def one(vm, setup) -> timeline.Timeline:
     return timeline.of(vm, start)
 
 
+def in_turn(n, *both) -> tuple:
+    """Which of a pair is taken first changes from pair to pair: the second may profit from the first."""
+    return both[::-1] if n % 2 else both
+
+
 def measure(name, limit, seconds) -> None:
     """Take and print the pairs of PAIRS[@name]: at most @limit, and none begun after @seconds."""
     text, baseline, measured, goal = PAIRS[name]
@@ -126,13 +131,11 @@ def measure(name, limit, seconds) -> None:
             prealloc=True, append="lab.workload") as vm:
         vm.ready()
         one(vm, plain)      # the first kexec of a guest is not like the later ones
-        for _ in range(limit):
-            row = []
-            for kind, setup in (("baseline", baseline), ("measured", measured)):
+        for n in range(limit):
+            for kind, setup in in_turn(n, ("baseline", baseline), ("measured", measured)):
                 drop_memory(vm)
-                t = one(vm, setup)
-                row.append(t)
-                phases[kind].append(t)
+                phases[kind].append(one(vm, setup))
+            row = [rows[-1] for rows in phases.values()]
             got["blackout"].append(tuple(t.blackout for t in row))
             got["service gap"].append(tuple(t.service_gap for t in row))
             say(f"pair {len(got['blackout'])}: " + ", ".join(
@@ -166,8 +169,9 @@ def gap(limit, seconds) -> None:
             prealloc=True, append="lab.workload") as vm:
         vm.ready()
         one(vm, plain)
-        for _ in range(min(limit, COUNTED)):
-            pairs.append((counted(vm, baseline), counted(vm, measured)))
+        for n in range(min(limit, COUNTED)):
+            took = {setup: counted(vm, setup) for setup in in_turn(n, baseline, measured)}
+            pairs.append((took[baseline], took[measured]))
             print(f"pair {len(pairs)}: {pairs[-1][1]:.0f} M against {pairs[-1][0]:.0f} M", flush=True)
             if time.monotonic() > end:
                 break

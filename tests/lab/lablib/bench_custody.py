@@ -101,7 +101,7 @@ def measure(kind, build, shapes, end) -> dict:
 
 
 def main(limit, seconds) -> None:
-    """docs/results/custody.md and .json; at most @limit rounds (ROUNDS), no shape begun after @seconds."""
+    """At most @limit rounds (ROUNDS), each written down when it is over; no shape begun after @seconds."""
     builds = (kernel.build("minimal"), kernel.build("minimal", unpatched=True))
     results, start = {}, time.monotonic()
     for n in range(min(limit, ROUNDS)):
@@ -114,12 +114,18 @@ def main(limit, seconds) -> None:
                     rounds = results.setdefault(shape, [])
                     rounds += [{} for _ in range(n + 1 - len(rounds))]
                     rounds[n][kind] = times
+        text = write(results, time.monotonic() - start)
+    print(text, flush=True)
+
+
+def write(results, seconds) -> str:
+    """docs/results/custody.md and .json."""
     text = "\n".join(bench_memory.row(s, results[str(s)], KINDS, COLUMNS, ("khod ready",))
                      for s in SHAPES if str(s) in results)
-    print(text, flush=True)
     (RESULTS / "custody.md").write_text(
         f"# bench: custody\n\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, TCG, "
-        f"{(time.monotonic() - start) / 60:.0f} minutes. Times in seconds, by the host's clock, from the "
+        f"{seconds / 60:.0f} minutes. Times in seconds, by the host's clock, from the "
         "request on; register (khod takes the memory and preserves it) by the guest's.\n\n"
         f"```\n{text.strip()}\n```\n")
     (RESULTS / "custody.json").write_text(json.dumps(results, indent=1) + "\n")
+    return text

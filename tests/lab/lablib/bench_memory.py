@@ -169,49 +169,59 @@ def svg(results) -> str:
 
 
 def report(title, shapes, results, seconds, kinds=KINDS) -> str:
-    """A page of docs/results; its figures are printed, too."""
+    """A page of docs/results."""
     text = "\n".join(row(s, results[str(s)], kinds) for s in shapes if results.get(str(s)))
     text += "\n\nGoals:\n" + "".join(f"- {g}\n" for g in goals(results))
-    print(text, flush=True)
     return (f"# bench: {title}\n\n{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, TCG, "
             f"{seconds / 60:.0f} minutes. Times in seconds: request from reboot(2) to \"Starting new "
             "kernel\"; kernel, console and init from there on, by the host's clock; the others by the "
             f"guest's.\n\n```\n{text.strip()}\n```\n")
 
 
-def take(shapes, builds, limit, seconds) -> dict:
+def take(shapes, builds, limit, seconds, write) -> None:
     """Rounds over all of @shapes, so that a drift of the machine meets all of them alike.
 
-    At most @limit rounds; no handover begins after @seconds.
+    At most @limit rounds; no handover begins after @seconds. @write(results, seconds) after each
+    round, and what it returns is printed at the end: what ends a late round does not take the others with it.
     """
     results, start = {}, time.monotonic()
     for n in range(limit):
         for shape in shapes:
             if time.monotonic() - start > seconds:
-                return results
+                break
             order = builds if n % 2 == 0 else dict(reversed(builds.items()))
             got = measure(shape, order, 600)
             results.setdefault(str(shape), []).append(got)
             print(f"round {n + 1}: {shape}: " + "; ".join(
                 f"{k} console {v['console']:.3f} retrieve {v.get('retrieve', 0):.3f}"
                 for k, v in got.items()), flush=True)
-    return results
+        page = write(results, time.monotonic() - start)
+        if time.monotonic() - start > seconds:
+            break
+    print(page, flush=True)
+
+
+def write_shapes(results, seconds) -> str:
+    """docs/results/blackout.md, .json (every single run) and docs/blackout.svg."""
+    page = report("shapes", SHAPES, results, seconds)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "blackout.md").write_text(page)
+    (RESULTS / "blackout.json").write_text(json.dumps(results, indent=1) + "\n")
+    (PROJECT / "docs" / "blackout.svg").write_text(svg(results))
+    return page
 
 
 def main(limit, seconds) -> None:
-    """docs/results/blackout.md, .json (every single run) and docs/blackout.svg."""
     builds = {"unpatched": kernel.build("minimal", unpatched=True), "patched": kernel.build("minimal")}
-    start = time.monotonic()
-    results = take(SHAPES, builds, min(limit, ROUNDS), seconds)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "blackout.md").write_text(report("shapes", SHAPES, results, time.monotonic() - start))
-    (RESULTS / "blackout.json").write_text(json.dumps(results, indent=1) + "\n")
-    (PROJECT / "docs" / "blackout.svg").write_text(svg(results))
+    take(SHAPES, builds, min(limit, ROUNDS), seconds, write_shapes)
+
+
+def write_goals(results, seconds) -> str:
+    """docs/results/blackout-goals.md."""
+    page = report("goals", GOAL_SHAPES, results, seconds, ("patched",))
+    (RESULTS / "blackout-goals.md").write_text(page)
+    return page
 
 
 def only_goals(limit, seconds) -> None:
-    """docs/results/blackout-goals.md."""
-    start = time.monotonic()
-    results = take(GOAL_SHAPES, {"patched": kernel.build("minimal")}, min(limit, GOAL_ROUNDS), seconds)
-    (RESULTS / "blackout-goals.md").write_text(
-        report("goals", GOAL_SHAPES, results, time.monotonic() - start, ("patched",)))
+    take(GOAL_SHAPES, {"patched": kernel.build("minimal")}, min(limit, GOAL_ROUNDS), seconds, write_goals)

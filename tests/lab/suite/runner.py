@@ -125,3 +125,38 @@ def cases_of_unit_tests_that_are_skipped(ctx):
             (s.project / "meson.build").write_text(MESON % more)
             out = passes(s, "o = check.unit_tests(); print(o.state, o.counts)")
             expect(out.endswith(f"{state} {counts}\n") and words in out, out)
+
+
+HANGS = """
+from lablib import bench_custody, bench_memory
+rounds = []
+def measure(shape, builds, timeout):
+    if len(rounds) == len(bench_memory.SHAPES):
+        raise kernel.LabError("the guest did not go on")
+    rounds.append(shape)
+    return {k: {"console": 1.0, "retrieve": 1.0, "runs": 1} for k in builds}
+def custody(kind, build, shapes, end):
+    if len(rounds) == 6:
+        raise kernel.LabError("the guest did not go on")
+    rounds.append(kind)
+    return {str(s): {"khod ready": 1.0, "runs": 1} for s in shapes}
+kernel.build = lambda *a, **kw: None
+bench_memory.measure, bench_custody.measure = measure, custody
+bench_memory.RESULTS.mkdir(parents=True)
+for main in (bench_memory.main, bench_custody.main):
+    try:
+        main(3, 1000)
+    except kernel.LabError:
+        rounds.clear()
+expect(not rounds, "it did not hang")
+for name in ("blackout", "custody"):
+    for kind in ("md", "json"):
+        expect("contiguous" in (bench_memory.RESULTS / f"{name}.{kind}").read_text(), f"{name}.{kind} lacks figures")
+"""
+
+
+@test(kernels=(), image=False)
+def a_bench_whose_guest_hangs_in_a_late_round(ctx):
+    """What the rounds before it gave is written down."""
+    with Scratch() as s:
+        passes(s, HANGS)
