@@ -2,16 +2,20 @@
 """The command line: one function per verb, thin over the modules."""
 
 import argparse
+import contextlib
 import errno
 import shlex
 import signal
 import sys
+import time
+from pathlib import Path
 
-from . import bench, check, demo, kernel, rootfs
+from . import bench, check, demo, kernel, rootfs, trace
 from .common import LabError, cache_dir, say
-from .profiles import DEVICES, PROFILES
+from .profiles import DEBUG_GUEST, DEVICES, PROFILES, SLOW
 from .images import full_image
 from .qemu import VM, kill_all
+from .sender import Sender
 
 
 def verb_kernel(a):
@@ -30,16 +34,56 @@ def verb_rootfs(a):
           rootfs.package() if a.part == "package" else full_image())
 
 
-def guest(a) -> VM:
-    """The guest that the options of `run` and `loop` describe."""
-    return VM(kernel.build(a.kernel, as_is=a.as_is), full_image(), name=a.verb, machine=a.machine,
-              devices=a.device, init=a.init, memory=a.memory, cpus=a.cpus, append=a.append,
-              trace=a.trace, pressure=a.pressure, qemu=a.qemu)
+@contextlib.contextmanager
+def guest(a):
+    """The guest that the options of `run` and `loop` describe, up; with --send while it gets packets."""
+    debug = "debug" in (a.kernel, vars(a).get("next"))
+    needs = {**(DEBUG_GUEST if debug else {}), **({"memory": a.memory} if a.memory else {})}
+    with VM(kernel.build(a.kernel, as_is=a.as_is), full_image(), name=a.verb, machine=a.machine,
+            devices=a.device, init=a.init, cpus=a.cpus, append=a.append, pressure=a.pressure, qemu=a.qemu,
+            trace=[*a.trace, *(trace.NIC_EVENTS if a.send else ())], boot_timeout=SLOW if debug else None,
+            **needs) as vm:
+        if a.send and not vm.senders:
+            raise LabError("--send needs a NIC: --device e1000e, igb or virtio-net")
+        vm.ready()
+        with sending(vm, a.send):
+            yield vm
+
+
+@contextlib.contextmanager
+def sending(vm, rate):
+    """@rate packets a second to the first NIC; at the end what was sent, and what it wrote to memory."""
+    if not rate:
+        yield
+        return
+    sender = Sender(vm.senders[0], rate, vm.dir / "sent")
+    try:
+        yield
+    finally:
+        sent = sender.stop()
+    time.sleep(1)       # what is on its way
+    landed = sum(length > 0 for *_, length in trace.dma_writes(vm.dir / "trace.log"))
+    say(f"{len(sent)} packets sent, {landed} written to memory by DMA ('lab trace {vm.dir}' tells more)")
+
+
+def verb_trace(a):
+    """What the devices of a run did, by QEMU's trace."""
+    path = Path(a.run_dir) / "trace.log"
+    if not path.exists():
+        raise LabError(f"there is no {path}; give the folder of a run's logs")
+    for name, count in sorted(trace.count(path).items()):
+        print(f"{count:9} {name}")
+    writes = [(when, length) for when, _, length in trace.dma_writes(path) if length > 0]
+    if writes:
+        longest = max((b[0] - a[0] for a, b in zip(writes, writes[1:])), default=0)
+        print(f"{len(writes)} packets, {sum(n for _, n in writes)} bytes, were written to memory by DMA in "
+              f"{writes[-1][0] - writes[0][0]:.3f} s, at most {longest:.3f} s apart")
+    for when, device, slot, offset, value in trace.config_writes(path) if a.config else ():
+        print(f"{when:.6f} {device} {slot} configuration: {offset:#x} <- {value:#x}")
 
 
 def verb_run(a):
     with guest(a) as vm:
-        vm.ready()
         say(f"{vm.release()} is up; logs: {vm.dir}")
         if a.command:
             r = vm.run(shlex.join(a.command) if len(a.command) > 1 else a.command[0], a.timeout,
@@ -62,7 +106,6 @@ def verb_loop(a):
     """N kexecs in a row; the first failure ends it, with the logs of that run kept."""
     other = kernel.build(a.next, as_is=a.as_is) if a.next else None
     with guest(a) as vm:
-        vm.ready()
         for i in range(1, a.count + 1):
             start = len(vm.console.lines)
             vm.kexec(other if i % 2 and other else None)
@@ -107,8 +150,9 @@ def positive(text: str) -> int:
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="lab", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog="lab", description="Build kernels and root file systems, run guests, "
+                                "kexec them, and count what their devices really do.",
+                                epilog="'lab VERB --help' explains a verb; docs/lab.md is the manual.")
     verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     k = verbs.add_parser("kernel", help="fetch, patch, build and export the kernel", description="""
@@ -120,7 +164,7 @@ discard  drop commits and changes that were not exported
 headers  copy the uAPI headers that libkho needs from the tree to kho/uapi/""",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     k.add_argument("action", choices=("tree", "build", "export", "discard", "headers"))
-    k.add_argument("--config", default="minimal", help="minimal (default), modular or debug")
+    k.add_argument("--config", default="minimal", help=", ".join(kernel.configs()) + " (default: minimal)")
     k.add_argument("--unpatched", action="store_true", help="Debian's source without the series")
     k.add_argument("--as-is", action="store_true", help="the tree as it stands, not exported commits too")
     k.add_argument("--release", default="", help="appended to the kernel's version, e.g. -b")
@@ -143,7 +187,8 @@ back. The lab says where the logs are.""")
         if name == "loop":
             g.add_argument("count", type=positive, metavar="N")
             g.add_argument("--next", help="alternate with this kernel configuration")
-        g.add_argument("--kernel", default="minimal", metavar="CONFIG", help="default: minimal")
+        g.add_argument("--kernel", default="minimal", metavar="CONFIG",
+                       help=", ".join(kernel.configs()) + " (default: minimal)")
         g.add_argument("--as-is", action="store_true",
                        help="a kernel from the tree as it stands, not exported commits too")
         g.add_argument("--machine", default="noiommu", metavar="PROFILE",
@@ -154,15 +199,24 @@ back. The lab says where the logs are.""")
                        help=", ".join(DEVICES) + "; can be given more than once")
         g.add_argument("--init", default="systemd" if name == "run" else "bare",
                        choices=("systemd", "bare"), help="PID 1 (default: %(default)s)")
-        g.add_argument("--memory", default="1G", help="default: 1G")
+        g.add_argument("--memory", help="default: 1G; 3G with the debug kernel")
         g.add_argument("--cpus", type=positive, default=1, help="default: 1")
         g.add_argument("--append", default="", help="more for the kernel's command line")
-        g.add_argument("--trace", action="append", default=[], help="a QEMU trace event")
+        g.add_argument("--trace", action="append", default=[], metavar="EVENT", help="a QEMU trace event")
+        g.add_argument("--send", type=positive, metavar="RATE", help="send so many numbered packets a second "
+                       "to the first NIC, and count those that it writes to memory")
         g.add_argument("--pressure", action="store_true",
                        help="each new kernel poisons freed memory, uses up all that is free, compacts")
         g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds (default 600)")
         g.add_argument("command", nargs="*", metavar="COMMAND", help="after --")
         g.set_defaults(run=fn)
+
+    t = verbs.add_parser("trace", help="what the devices of a run did, by QEMU's trace", description="""
+Count the events of a run that --trace or --send asked for, and the DMA of its NICs, whatever the
+guest said about it.""")
+    t.add_argument("run_dir", metavar="RUN", help="the folder with the logs of a run")
+    t.add_argument("--config", action="store_true", help="list writes to configuration space (pci_cfg_write), too")
+    t.set_defaults(run=verb_trace)
 
     t = verbs.add_parser("check", help="the quick tests", description="""
 Run the quick tests, all or those whose names contain NAME.""")

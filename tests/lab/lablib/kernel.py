@@ -26,7 +26,6 @@ from .common import (LAB, PROJECT, LabError, building, cache_dir, changes, diges
 PACKAGE = "linux-source-7.3"
 PATCHES = PROJECT / "kernel-patches"
 CONFIGS = LAB / "config"
-NAMES = ("minimal", "modular", "debug", "kunit")
 GIT = ["git", "-c", "user.name=khod maintainers", "-c", "user.email=maintainers@khod.invalid",
        "-c", "gc.auto=0", "-c", "core.looseCompression=0", "-c", "commit.gpgSign=false"]
 
@@ -296,10 +295,16 @@ def prepare() -> None:
 BUILD_ENV = {"KBUILD_BUILD_USER": "lab", "KBUILD_BUILD_HOST": "lab",
              "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 2026"}
 
+def configs() -> list:
+    """The names of the configurations."""
+    parts = ("common", "series")
+    return sorted(p.stem for p in CONFIGS.glob("*.config") if p.stem not in parts and not p.stem.endswith("-series"))
+
+
 def fragments(config: str, unpatched=False) -> list:
     path = CONFIGS / f"{config}.config"
     if not path.exists():
-        raise LabError(f"no kernel configuration named {config}; there are {', '.join(NAMES)}, "
+        raise LabError(f"no kernel configuration named {config}; there are {', '.join(configs())}, "
                        f"or put tests/lab/config/{config}.config there")
     if unpatched:
         return [CONFIGS / "common.config", path]

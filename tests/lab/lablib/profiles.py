@@ -35,6 +35,11 @@ PROFILES = {
     "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2"),
 }
 
+# What a guest with the debug kernel needs. KASAN's shadow is an eighth of memory and counts into the
+# size of scratch by default, of which then no area fits: large enough for the next kernel's
+# shadow, and no larger. Seconds for a boot.
+DEBUG_GUEST, SLOW = {"memory": "3G", "kho_scratch": "64M,700M,64M"}, 600
+
 # kind -> (QEMU device and options, needs a netdev, needs a disk, below a root port)
 DEVICES = {
     "e1000e": ("e1000e", True, False, True),

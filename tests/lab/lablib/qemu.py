@@ -150,18 +150,21 @@ class VM:
     @arguments: more for QEMU
     @icount: the guest's clock is the number of its instructions, one a nanosecond: what it
               measures is the same however busy the host is (with TCG, never with KVM)
+    @boot_timeout: seconds for a kernel to come up, until its agent answers
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
               compacts before anything else (with a bare init: before kexec() returns)
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
                  init="systemd", memory="1G", cpus=1, append="", trace=(), prealloc=False,
-                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=(), icount=False):
+                 kho_scratch="", pressure=False, qemu="", disk_options="", arguments=(), icount=False,
+                 boot_timeout=None):
         self.kernel, self.image, self.name = Path(kernel), image, name
         self.machine, self.devices, self.init = machine, list(devices), init
         self.emulator = emulator(qemu or profile(machine)[2])
         self.memory, self.cpus, self.append = memory, cpus, append
         self.trace, self.prealloc, self.kho_scratch = list(trace), prealloc, kho_scratch
+        self.boot_timeout = boot_timeout or AGENT_TIMEOUT
         self.pressure, self.disk, self.arguments = pressure, disk_options, list(arguments)
         runs = Path(os.environ.get("KHO_LAB_RUNS") or cache_dir() / "runs")
         runs.mkdir(parents=True, exist_ok=True)
@@ -198,10 +201,10 @@ class VM:
             (self.dir / "failed").touch()
         self.stop()
 
-    def cmdline(self) -> str:
+    def cmdline(self, kernel: Path = None) -> str:
         parts = ["console=ttyS0,115200", "root=/dev/vda", "rw", "kho=on", "panic=-1", "printk.time=1",
                  "oops=panic", "TERM=dumb", profile(self.machine)[1]]
-        if self.kernel.name.startswith("debug"):
+        if Path(kernel or self.kernel).name.startswith("debug"):
             # identify_cpu() forgets for a moment that there are five levels; an interrupt then
             # reads addresses that KASAN takes for wild ones.
             parts.append("no5lvl")
@@ -404,8 +407,9 @@ class VM:
             self.qga = None
             return False
 
-    def ready(self, timeout: float = AGENT_TIMEOUT):
+    def ready(self, timeout: float = None):
         """Wait until the guest of the current boot takes commands."""
+        timeout = timeout or self.boot_timeout
         deadline = time.monotonic() + timeout
         if self.console.wait(BOOTED.pattern, self.mark, deadline, self.alive) is None:
             self.hang("no kernel came up")
@@ -464,24 +468,24 @@ class VM:
         path = self.put_kernel(kernel or self.kernel)
         if self.pressure:
             append += " init_on_free=1 lab.pressure"
-        cmdline = f"{self.cmdline()} {append}".strip()
+        cmdline = f"{self.cmdline(kernel)} {append}".strip()
         self.run(f"kexec -s -l {path} --command-line='{cmdline}'")
 
-    def next_boot(self, what: str, timeout: float = AGENT_TIMEOUT):
+    def next_boot(self, what: str, timeout: float = None):
         """Wait for the next kernel and its agent after @what was started."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + (timeout or self.boot_timeout)
         i = self.console.wait(BOOTED.pattern, self.mark, deadline, self.alive)
         if i is None:
             self.hang(f"no new kernel after {what}")
         self.mark = i
         return self.ready(max(deadline - time.monotonic(), 1))
 
-    def kexec(self, kernel: Path = None, append: str = "", timeout: float = AGENT_TIMEOUT):
+    def kexec(self, kernel: Path = None, append: str = "", timeout: float = None):
         """Load @kernel (default: the same) and kexec into it, by systemd or directly."""
         self.load(kernel, append)
         return self.reboot_loaded(timeout)
 
-    def reboot_loaded(self, timeout: float = AGENT_TIMEOUT):
+    def reboot_loaded(self, timeout: float = None):
         self.mark = len(self.console.lines)
         self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
         self.next_boot("the kexec", timeout)

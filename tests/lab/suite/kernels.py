@@ -4,14 +4,13 @@
 import shutil
 
 from lablib.check import expect, test
+from lablib.profiles import DEBUG_GUEST, SLOW
 from suite.bare import boot_id
 from suite.dma import FULL, Run
-from suite.memory import DEBUG_GUEST
 from suite.service import MIB, Khod
 from suite.upstream import quiet, suite
 
 MINIMAL, MODULAR, DEBUG = (("minimal", False, ""), ("modular", False, ""), ("debug", False, ""))
-SLOW = 600      # seconds for a boot of the debug kernel
 # Function in the backtrace -> why nobody frees it on the unpatched kernel either.
 KNOWN_LEAKS = {
     "rootfs_init_fs_context": "what the first mount of all allocates",

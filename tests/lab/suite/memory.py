@@ -13,6 +13,7 @@ from lablib.check import expect, tap, test
 from lablib.common import run
 from lablib.images import full_image
 from lablib.memory import Shape, hand_over, numa
+from lablib.profiles import DEBUG_GUEST
 from lablib.qemu import VM
 from suite.upstream import quiet, suite
 

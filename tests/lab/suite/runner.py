@@ -160,3 +160,33 @@ def a_bench_whose_guest_hangs_in_a_late_round(ctx):
     """What the rounds before it gave is written down."""
     with Scratch() as s:
         passes(s, HANGS)
+
+
+TRACE = """1@1000.500000:e1000e_rx_desc_buff_write buffer #0, addr: 0x1000, offset: 0, from: 0x7f, length: 128
+1@1000.750000:e1000e_rx_desc_buff_write buffer #0, addr: 0x2000, offset: 0, from: 0x7f, length: 128
+1@1001.000000:pci_cfg_write e1000e 01:00.0 @0x4 <- 0x6
+"""
+WORDS = ("        2 e1000e_rx_desc_buff_write", "2 packets, 256 bytes", "0.250 s apart", "configuration: 0x4 <- 0x6")
+
+
+@test(kernels=(), image=False)
+def what_a_run_traced_is_told(ctx):
+    with Scratch() as s:
+        (s.dir / "trace.log").write_text(TRACE)
+        r = s.lab("trace", "--config", str(s.dir))
+        expect(r.returncode == 0 and all(w in r.stdout for w in WORDS), r.stdout + r.stderr)
+        s.refused(s.lab("trace", "/nowhere"), "/nowhere/trace.log")
+
+
+WORDS_OF_KERNELS = """
+vm = qemu.VM(Path("minimal-1"), "image")
+print(*("no5lvl" in vm.cmdline(k) for k in (None, Path("debug-1"))))
+vm.stop()
+"""
+
+
+@test(kernels=(), image=False)
+def each_kernel_gets_its_own_words(ctx):
+    """Of the next kernel, which is another one than the guest's first."""
+    with Scratch() as s:
+        expect(passes(s, WORDS_OF_KERNELS, KHO_LAB_ACCEL="tcg") == "False True\n", "no5lvl goes by the first kernel")
