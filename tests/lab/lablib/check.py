@@ -21,7 +21,7 @@ from . import kernel
 from .common import LAB, PROJECT, LabError, cache_dir, changes, clone_dir, lock, run, say
 from .images import full_image
 from .qemu import VM, runs_ended
-from .rootfs import GIT
+from .rootfs import GIT, check_privileges
 
 TESTS = []
 PRINTING = threading.Lock()
@@ -157,6 +157,16 @@ def select(tests, names):
 UNIT_ENV = {"CRITERION_VERBOSITY_LEVEL": "1"}      # or it does not say which cases it skips
 
 
+def meson_test(build, *options) -> list:
+    """The command for the unit tests, which want to be root and to become other users.
+
+    For an ordinary user that is root of a user namespace.
+    """
+    check_privileges()
+    space = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-auto", "--map-root-user"]
+    return [*space, "meson", "test", "-C", build, "--no-rebuild", *options]
+
+
 def skipped_cases(build: Path) -> tuple:
     """What the unit tests in @build left out when they last ran.
 
@@ -189,8 +199,8 @@ def unit_tests() -> Outcome:
              build, *options], cwd=PROJECT, log=log, what="configuring the build")
         run(["ninja", "-C", build], log=log, what="building for this host")
         # They wait more than they compute.
-        run(["meson", "test", "-C", build, "--no-rebuild", "--print-errorlogs", "--num-processes",
-             str(3 * os.cpu_count())], log=log, env=UNIT_ENV, what="the unit tests")
+        run(meson_test(build, "--print-errorlogs", "--num-processes", 3 * os.cpu_count()), log=log,
+            env=UNIT_ENV, what="the unit tests")
         names, wrong, idle = skipped_cases(build)
         state, text = ("FAILED", "\n".join(wrong)) if wrong else ("ok", "")
     except LabError as e:

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 
-from lablib.check import UNIT_ENV, expect, skipped_cases, test
+from lablib.check import UNIT_ENV, expect, meson_test, skipped_cases, test
 from lablib.common import PROJECT, clone_dir, last_lines, run
 
 
@@ -18,9 +18,8 @@ def unit_tests(ctx, name, options, cc):
     run(["meson", "setup", build, PROJECT, "-Dwerror=true", *options], log=log, env=env,
         what=f"configuring {name}")
     run(["ninja", "-C", build], log=log, env=env, what=f"building {name}")
-    r = subprocess.run(["meson", "test", "-C", build, "--no-rebuild", "--timeout-multiplier", "5"],
-                       stdout=open(log, "ab"), stderr=subprocess.STDOUT, check=False,
-                       env={**os.environ, **UNIT_ENV, **env})
+    r = subprocess.run(meson_test(build, "--timeout-multiplier", "5"), stdout=open(log, "ab"),
+                       stderr=subprocess.STDOUT, check=False, env={**os.environ, **UNIT_ENV, **env})
     expect(r.returncode == 0, f"the unit tests fail ({name}): {last_lines(log, 20)}\nsee {log}")
     skipped, wrong, _ = skipped_cases(build)
     expect(not wrong, "; ".join(wrong))
