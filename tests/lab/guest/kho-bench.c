@@ -53,6 +53,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#include <linux/kernel-page-flags.h>
 #include <linux/kexec.h>
 
 /* linux/liveupdate.h: spelled out, the build host's headers may be older */
@@ -423,6 +424,49 @@ static int build(size_t len, const char *pattern, int huge, uint64_t seed,
 	return fd;
 }
 
+/* How many of the @n pages, sorted, belong to whole folios of 2 MiB. */
+static size_t count_huge(const uint64_t *pfn, size_t n)
+{
+	int fd = open("/proc/kpageflags", O_RDONLY);
+	const size_t whole = HUGE / PAGE;
+	uint64_t flags[HUGE / PAGE];
+	size_t found = 0, tails;
+
+	if (fd < 0)
+		die("kpageflags");
+	for (size_t i = 0; i + whole <= n; i++) {
+		if (pfn[i] % whole || pfn[i + whole - 1] != pfn[i] + whole - 1)
+			continue;
+		if (pread(fd, flags, sizeof(flags), pfn[i] * 8) != sizeof(flags))
+			die("read kpageflags");
+		for (tails = 0; tails + 1 < whole && flags[tails + 1] >> KPF_COMPOUND_TAIL & 1; tails++)
+			;
+		if (flags[0] >> KPF_COMPOUND_HEAD & 1 && tails == whole - 1)
+			found += whole;
+	}
+	close(fd);
+	return found;
+}
+
+/* How many of the @n pages at @p lie on node 1; 0 without NUMA. */
+static size_t count_node1(char *p, size_t n)
+{
+	void **at = malloc(n * sizeof(*at));
+	int *node = malloc(n * sizeof(*node));
+	size_t found = 0;
+
+	if (!at || !node)
+		die("pages");
+	for (size_t i = 0; i < n; i++)
+		at[i] = p + i * PAGE;
+	if (!syscall(SYS_move_pages, 0, n, at, NULL, node, 0))
+		for (size_t i = 0; i < n; i++)
+			found += node[i] == 1;
+	free(at);
+	free(node);
+	return found;
+}
+
 static void report_runs(char *p, size_t n)
 {
 	uint64_t *pfn = malloc(n * sizeof(*pfn));
@@ -442,8 +486,8 @@ static void report_runs(char *p, size_t n)
 		if (in_scratch(pfn[i] * PAGE))
 			scratched++;
 	}
-	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu", n, runs, scratched,
-	    absent);
+	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu huge=%zu node1=%zu", n, runs, scratched,
+	    absent, count_huge(pfn, n), count_node1(p, n));
 	free(pfn);
 }
 
@@ -807,6 +851,8 @@ int main(void)
 		say("verify pages=%zu bad=%zu", len / PAGE, bad);
 		if (bad)
 			die("contents");
+		if (filler)
+			report_runs(p, len / PAGE);
 		if (stage <= rounds)
 			hand_over(arg.fd, p, len, stage + 1);
 		munmap(p, len);

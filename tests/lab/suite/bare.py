@@ -2,6 +2,7 @@
 """The lab itself: guests with a bare init, kexecs in a row, DMA counted from outside."""
 
 from lablib.check import expect, test
+from lablib.profiles import PROFILES
 
 
 def boot_id(vm):
@@ -44,6 +45,7 @@ def comes_up(ctx, machine, devices, *words):
             expect(PCI_IDS[kind] in pci, f"{machine}: no {kind} ({PCI_IDS[kind]}) in: {pci}")
         for w in words:
             expect(vm.console.find(w) is not None, f"{machine}: the kernel does not say '{w}'")
+    ctx.figure(machine, "up")
 
 
 PCI_IDS = {"e1000e": "8086:10d3", "igb": "8086:10c9", "nvme": "1b36:0010", "edu": "1234:11e8",
@@ -58,6 +60,12 @@ def every_machine_comes_up(ctx):
     comes_up(ctx, "vtd-caching", ["igb"], "DMAR: IOMMU enabled")
     comes_up(ctx, "vtd-scalable", ["virtio-net"], "DMAR: IOMMU enabled")
     comes_up(ctx, "vtd-first-stage", ["nvme"], "DMAR: IOMMU enabled")
+    comes_up(ctx, "vtd-snoop", ["e1000e"], "DMAR: IOMMU enabled", "Enable scalable mode")
+    comes_up(ctx, "vtd-ats", ["virtio-net"], "DMAR: IOMMU enabled")
+    comes_up(ctx, "vtd-intremap", ["e1000e"], "DMAR-IR: Enabled IRQ remapping")
+    comes_up(ctx, "vtd-off", ["igb"], "DMAR: IOMMU disabled")
+    came = set(ctx.figures) | {"amd-vi"}        # in the-older-qemu
+    expect(came == set(PROFILES), f"not tried: {set(PROFILES) - came}")
 
 
 @test()

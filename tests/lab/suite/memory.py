@@ -21,13 +21,15 @@ SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(
 NUMA = (("numa", False, ""),)
 EAGER = (("eager", False, ""),)
 DEBUG = (("debug", False, ""),)
-# KASAN's shadow is an eighth of memory and counts into the size of scratch by default, of which
-# then no area fits: large enough for the next kernel's shadow, and no larger.
-DEBUG_GUEST = {"memory": "3G", "kho_scratch": "64M,700M,64M"}
+MAP = ("runs", "huge", "node1")     # how the pages lie, before the kexec and after it
 
 
-def come_back(ctx, config, shapes=SHAPES, **kw):
-    """Each of @shapes on the kernel @config, with all free memory used up before the retrieve."""
+def come_back(ctx, config, shapes=SHAPES, **kw) -> list:
+    """Each of @shapes on the kernel @config, with all free memory used up before the retrieve.
+
+    Returns what each kernel said of each.
+    """
+    every = []
     for shape in shapes:
         got = hand_over(ctx.kernel(config), shape, name=f"memory-{config}",
                         options="khobench.fill=1", **kw)
@@ -37,7 +39,13 @@ def come_back(ctx, config, shapes=SHAPES, **kw):
                    f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
             expect(int(got.new["filled_mib"]) > 64, f"only {got.new['filled_mib']} MiB were filled")
             expect(got.new.get("zones_ok") == "1", "nobody looked whether pages went back to their zones")
+            old, new = ({k: int(said[k]) for k in MAP} for said in (got.old, got.new))
+            expect(old == new, f"{shape}: before the kexec {old}, after it {new}")
+            expect(old["huge"] >= shape.mib * 230 if shape.huge else not old["huge"],
+                   f"{shape}: {old['huge']} pages are in folios of 2 MiB")
         ctx.figure(str(shape), f"{got.old.get('runs', 0)} runs, all pages right")
+        every.append(got)
+    return every
 
 
 @test()
@@ -66,6 +74,10 @@ def memory_comes_back_without_deferred_struct_pages(ctx):
 @test(part="memory", kernels=NUMA)
 def memory_comes_back_on_two_nodes(ctx):
     come_back(ctx, "numa", memory="2G", arguments=numa(2, 2))
+    both = come_back(ctx, "numa", (Shape(700), Shape(700, huge=True)), memory="2G", arguments=numa(2, 2))
+    for got in both:        # more than either node has
+        there = int(got.new["node1"])
+        expect(64 * 256 < there < (700 - 64) * 256, f"{there} of {700 * 256} pages are on node 1")
 
 
 @test(part="memory", kernels=DEBUG)
@@ -102,6 +114,8 @@ def refused(ctx, how):
                     options=f"khobench.damage={how} khobench.expect=refused")
     expect(got.says("preserved memory map has an invalid"), f"{how}: the kernel says no reason")
     expect(got.says("disabling KHO revival"), f"{how}: the handover was not refused")
+    old, new = (int(said["mem_total_kib"]) for said in (got.old, got.new))
+    expect(abs(old - new) < 1024, f"{how}: {new} KiB of memory, {old} KiB before")
 
 
 @test(part="memory")
@@ -114,8 +128,8 @@ def a_damaged_map_of_memory_is_refused(ctx):
 @test()
 def preflight_finds_scratch_that_is_too_small(ctx):
     """What the next kernel cannot come up with is an obstacle; the default size is not."""
-    for scratch, status in (("12M,12M,12M", 5), ("", 0)):
-        with ctx.vm(memory="1G", kho_scratch=scratch) as vm:
+    for scratch, memory, status in (("12M,12M,12M", "1G", 5), ("16M,16M,16M", "2G", 5), ("", "1G", 0)):
+        with ctx.vm(memory=memory, kho_scratch=scratch) as vm:
             vm.ready()
             shutil.copy(ctx.kernel() / "bzImage", vm.share / "next")
             r = vm.run("khoctl preflight --kernel /lab/next", check=False)
@@ -123,6 +137,10 @@ def preflight_finds_scratch_that_is_too_small(ctx):
             expect(line.startswith("OBSTACLE" if status else "ok"), f"{scratch or 'default'}: {r.out}")
             expect(r.status == status or not status, f"{scratch}: status {r.status}: {r.out}")
             ctx.figure(scratch or "default", re.sub(r"\s+", " ", line))
+            if not scratch:     # two areas of twice what is needed, rounded up, and none counts the other
+                size, needed = (int(x) >> 20 for x in vm.run(
+                    "cat /sys/kernel/kexec/kho_scratch_size /sys/kernel/kexec/kho_scratch_needed").out.split())
+                expect(size <= 4 * (needed + 1) + 12, f"{size} MiB of scratch, and {needed} MiB are needed")
 
 
 @test(part="memory")
