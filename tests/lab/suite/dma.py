@@ -49,8 +49,10 @@ def forbidden(slot, offset, value):
     """
     if offset == COMMAND:
         return value & MEMORY_AND_MASTER != MEMORY_AND_MASTER
-    if slot in (DEVICE, SIBLING):
-        return not 0x160 <= offset < 0x1a0      # SR-IOV of an igb, which has no VFs
+    if slot in (DEVICE, SIBLING):       # SR-IOV of an igb at 0x160, as long as it has no VFs
+        return not (offset == 0x168 and not value & 0x09 or     # control: no VFs, nor their memory
+                    offset in (0x170, 0x180) or                 # number, and size of their pages
+                    0x184 <= offset < 0x19c)                    # BARs, which are sized
     return not (offset in (0x06, 0x1e, 0x3c) or     # status, interrupt line
                 0x48 <= offset < 0x54 or            # MSI-X
                 offset in (0x5e, 0x66) or           # device and link status
@@ -379,8 +381,9 @@ def a_bar_that_is_exported_is_refused_at_preserve(ctx):
     """As a DMABUF, which is in the IOAS, and is not. Only one kernel of the lab can make one."""
     run = Run(ctx, mode="refusals", kernel=ctx.kernel("faults"), machine="vtd-legacy")
     run.no_packet_lost()
-    for what in ("with a DMABUF", "a device with a BAR that is exported"):
-        expect(run.lines(f"ok preserve {what}"), f"there was no DMABUF; see {run.vm.dir}")
+    for what in ("preserve with a DMABUF", "preserve a device with a BAR that is exported",
+                 "reboot with a BAR that was exported since"):
+        expect(run.lines(f"ok {what}"), f"there was no DMABUF; see {run.vm.dir}")
 
 
 @everywhere
@@ -478,6 +481,22 @@ def quiesced_at_a_fatal_error_in_the_next_kernel(ctx, **kw):
 
 @everywhere
 @test(part="dma")
+def a_fatal_error_resets_a_device_that_is_not_finished(ctx, **kw):
+    """It is bound again; its user is told, and the port does what it is asked for."""
+    after_an_error(ctx, "errorbound", **kw)
+
+
+@everywhere
+@test()
+def a_reset_resets_a_device_that_is_not_finished(ctx, **kw):
+    """Of its bus, by its user, who has bound it again."""
+    run = quiesced(ctx, "reset", trace=("e1000e_cb_pci_reset_hold",), **kw)
+    end = run.blackouts()[0][1]
+    expect(any(e.when > end for e in run.trace({"e1000e_cb_pci_reset_hold"})), "it was not reset")
+
+
+@everywhere
+@test(part="dma")
 def a_kexec_is_refused_after_a_fatal_error(ctx, **kw):
     after_an_error(ctx, "errorold", kexecs=0, **kw)
 
@@ -554,6 +573,20 @@ def quiesced_if_it_is_another_device(ctx, **kw):
 @test()
 def quiesced_if_the_records_are_invalid(ctx, **kw):
     quiesced_as_it_is_not_taken_over(ctx, "flags", "01:00.0: stopped, it cannot be kept running", **kw)
+
+
+@everywhere
+@test(part="dma")
+def quiesced_if_a_record_names_no_driver(ctx, **kw):
+    """It would wait for one that does not exist."""
+    quiesced_as_it_is_not_taken_over(ctx, "driver", "records of preserved devices are damaged: the driver", **kw)
+
+
+@everywhere
+@test()
+def quiesced_if_the_domains_are_of_another_version(ctx, **kw):
+    """Of all that is handed over it is only these that the next kernel does not know."""
+    quiesced_as_it_is_not_taken_over(ctx, "flb", "01:00.0: liveupdate: what it has access to is not", **kw)
 
 
 @everywhere

@@ -207,7 +207,7 @@ def others_go_on_if_a_device_is_lost_first_stage(ctx):
 
 @test(part="vtd")
 def others_go_on_if_the_list_of_domains_is_damaged(ctx):
-    others_go_on(ctx, "domains", "second-stage", "not described correctly|previous kernel are stopped")
+    others_go_on(ctx, "domains", "second-stage", "not described correctly|what it has access to is not known")
 
 
 @test(part="vtd")

@@ -209,13 +209,22 @@ static void preserve_second(const struct second *s)
 	must(try_preserve(s->dev, TOK_DEV), "preserve second device");
 }
 
+static void low_power(uint32_t feature)
+{
+	struct vfio_device_feature f = {
+		.argsz = sizeof(f), .flags = VFIO_DEVICE_FEATURE_SET | feature,
+	};
+
+	check(ioctl(dev, VFIO_DEVICE_FEATURE, &f), "low power");
+}
+
 /*
- * A freeze that fails. The device of a second session starts to use INTx after it
+ * A freeze that fails. The user asks for low power after the preserve. The device of a second session starts to use INTx after it
  * was preserved, so that its freeze refuses, after the first session was frozen.
  */
 static void freezefail_first(void)
 {
-	int first, second;
+	int first, second, ret;
 	struct second s;
 
 	create_session("dma");
@@ -228,6 +237,13 @@ static void freezefail_first(void)
 	failing_reboot("reboot, next kernel without kho", ENOEXEC);
 	load_kernel(2, 0, "movablecore=64M");
 	failing_reboot("reboot, next kernel with ZONE_MOVABLE", ENOEXEC);
+
+	load_kernel(2, 0, "");
+	low_power(VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY);
+	ret = reboot(LINUX_REBOOT_CMD_KEXEC) ? -errno : 0;
+	verdict(ret == -EOPNOTSUPP, "reboot in low power", ret);
+	low_power(VFIO_DEVICE_FEATURE_LOW_POWER_EXIT);
+	say("%s DMA after that", dma_goes_on() ? "ok" : "FAIL no");
 
 	s = second_device();
 	create_session("second");
@@ -564,15 +580,15 @@ static void refuse_other_memfd(uint64_t iova)
 	close(fd);
 }
 
-/* A BAR of the device as a DMABUF: if this mode can map it at all. */
-static void refuse_dmabuf(uint64_t iova)
+/* A BAR of the device as a DMABUF, or a negative errno. */
+static int export_bar(void)
 {
 	char buf[sizeof(struct vfio_device_feature) +
 		 sizeof(struct vfio_device_feature_dma_buf) +
 		 sizeof(struct vfio_region_dma_range)] = {};
 	struct vfio_device_feature *f = (void *)buf;
 	struct vfio_device_feature_dma_buf *d = (void *)f->data;
-	int fd, ret;
+	int fd;
 
 	f->argsz = sizeof(buf);
 	f->flags = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF;
@@ -581,8 +597,16 @@ static void refuse_dmabuf(uint64_t iova)
 	d->nr_ranges = 1;
 	d->dma_ranges[0].length = PAGE;
 	fd = ioctl(dev, VFIO_DEVICE_FEATURE, f);
+	return fd < 0 ? -errno : fd;
+}
+
+/* If this mode can map it at all. */
+static void refuse_dmabuf(uint64_t iova)
+{
+	int fd = export_bar(), ret;
+
 	if (fd < 0) {
-		say("note: no DMABUF of a BAR: %s", strerror(errno));
+		say("note: no DMABUF of a BAR: %s", strerror(-fd));
 		return;
 	}
 	ret = try_map_file(ioas_id, fd, 0, PAGE, iova);
@@ -597,6 +621,15 @@ static void refuse_dmabuf(uint64_t iova)
 	must(try_preserve(iommufd, TOK_IOMMUFD), "preserve iommufd");
 	ret = try_preserve(dev, TOK_DEV);
 	verdict(ret == -EOPNOTSUPP, "preserve a device with a BAR that is exported", ret);
+	end_session();
+	close(fd);
+
+	create_session("dma");
+	preserve_all();
+	fd = export_bar();
+	must(fd, "export a BAR of a preserved device");
+	load_kernel(2, 0, "");
+	failing_reboot("reboot with a BAR that was exported since", EOPNOTSUPP);
 	end_session();
 	close(fd);
 }
@@ -838,6 +871,42 @@ static void error_next(int stage)
 	lost();
 }
 
+/* Its user is in control of the device again, and nothing is finished. */
+static void take_control(void)
+{
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	map_mem();
+	retrieve_iommufd();
+	retrieve_device();
+	must(try_bind(), "bind");
+	say("%s DMA after that", dma_goes_on() ? "ok" : "FAIL no");
+}
+
+/* Then an error resets the link, as it does at any other time. */
+static void error_bound_next(int stage)
+{
+	(void)stage;
+	take_control();
+	say("ERROR");
+	verdict(stops(20), "the device is reset", 0);
+	quiesced();
+}
+
+/* And the user can. A reset of the bus needs the port, which other devices may wait below. */
+static void reset_next(int stage)
+{
+	int ret;
+
+	(void)stage;
+	take_control();
+	must(put(PCI_DEVICE BDF "/reset_method", "bus"), "reset_method");
+	ret = ioctl(dev, VFIO_DEVICE_RESET) ? -errno : 0;
+	verdict(!ret, "reset by the bus before the finish", ret);
+	quiesced();
+}
+
 /* In the old kernel its driver is told, and there is nothing any more that could go on. */
 static void errorold_first(void)
 {
@@ -998,6 +1067,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "unplugreboot", .first = unplugreboot_first, .stays = true },
 		{ .name = "unplug", .next = unplug_next },
 		{ .name = "error", .next = error_next },
+		{ .name = "errorbound", .next = error_bound_next },
+		{ .name = "reset", .next = reset_next },
 		{ .name = "otherdriver", .next = otherdriver_next },
 		{ .name = "errorold", .first = errorold_first, .stays = true },
 		{ .name = "sriov", .first = sriov_first, .stays = true },
@@ -1007,6 +1078,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "fdt", .first = damage_first, .next = damage_next },
 		{ .name = "vendor", .first = damage_first, .next = damage_next },
 		{ .name = "flags", .first = damage_first, .next = damage_next },
+		{ .name = "driver", .first = damage_first, .next = damage_next },
+		{ .name = "flb", .first = damage_first, .next = damage_next },
 		{ .name = "bridge", .first = damage_first, .next = damage_next },
 		{ .name = "slot", .first = damage_first, .next = damage_next },
 		{ .name = "domains", .first = damage_first, .next = damage_next },
