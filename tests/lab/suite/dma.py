@@ -231,6 +231,7 @@ class Run:
     def no_packet_lost(self):
         """Without a kexec."""
         got = self.result()
+        expect(len(self.lines("STAGE ")) == 1, "the kernel was replaced")
         expect(len(self.sent) == got["received"] and not got["incomplete"],
                f"sent {len(self.sent)}: {got}")
 
@@ -490,9 +491,9 @@ def a_fatal_error_resets_a_device_that_is_not_finished(ctx, **kw):
 @test()
 def a_reset_resets_a_device_that_is_not_finished(ctx, **kw):
     """Of its bus, by its user, who has bound it again."""
-    run = quiesced(ctx, "reset", trace=("e1000e_cb_pci_reset_hold",), **kw)
+    run = quiesced(ctx, "reset", trace=("e1000e_cb_qdev_reset_hold",), **kw)
     end = run.blackouts()[0][1]
-    expect(any(e.when > end for e in run.trace({"e1000e_cb_pci_reset_hold"})), "it was not reset")
+    expect(any(e.when > end for e in run.trace({"e1000e_cb_qdev_reset_hold"})), "it was not reset")
 
 
 @everywhere

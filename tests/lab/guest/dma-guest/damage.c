@@ -229,7 +229,8 @@ static void rename_domains(int mem_fd)
 			n++;
 		}
 	}
-	say("%s renamed the domains: %d", n == 1 ? "ok" : "FAIL", n);
+	/* Once more where this program has read it to. */
+	say("%s renamed the domains: %d", n ? "ok" : "FAIL", n);
 }
 
 /* The whole handover is damaged, not only the records of PCI devices. */
@@ -298,7 +299,7 @@ void damage_next(int stage)
 	/* No device runs any more, and nobody has lost sight of one */
 	session = ret;
 	if (!strcmp(mode->name, "flb"))
-		verdict(try_retrieve(TOK_DEV) == -ENODEV, "retrieve a device that was stopped", 0);
+		verdict(try_retrieve(TOK_DEV) == -ENODEV, "a device that was stopped is not retrieved", 0);
 	if (!strcmp(mode->name, "flags") || !strcmp(mode->name, "flb"))
 		must(try_finish(), "finish, as all devices are stopped");
 	fill_memory();
