@@ -173,6 +173,7 @@ static const char *const reasons[] = {
 	[IOMMU_LIVEUPDATE_NOT_EQUAL] = "a page table that does not translate as the frozen one does",
 	[IOMMU_LIVEUPDATE_MOVABLE] = "kernelcore, movablecore or movable_node on the command line of the loaded kernel",
 	[IOMMU_LIVEUPDATE_NOT_HITLESS] = "an IOMMU that could discard DMA of a device while its page table is replaced",
+	[IOMMU_LIVEUPDATE_SEVERAL_IOMMUS] = "a machine with several IOMMUs, which the kernel's log has the names of",
 };
 
 int kho_iommufd_obstacle(struct kho *kho, int iommufd, struct kho_error **err)

@@ -1485,6 +1485,8 @@ enum iommu_liveupdate_state {
  *     where it cannot be pinned again. Found when the sessions are frozen
  * @IOMMU_LIVEUPDATE_NOT_HITLESS: The IOMMU could discard DMA of the device while
  *     its HWPT is replaced, see IOMMU_HW_CAP_HITLESS_REPLACE
+ * @IOMMU_LIVEUPDATE_SEVERAL_IOMMUS: The IOMMU driver can do it on machines with a
+ *     single IOMMU only. The kernel log has the names of those that there are
  */
 enum iommu_liveupdate_reason {
 	IOMMU_LIVEUPDATE_OK = 0,
@@ -1511,6 +1513,7 @@ enum iommu_liveupdate_reason {
 	IOMMU_LIVEUPDATE_NOT_EQUAL = 21,
 	IOMMU_LIVEUPDATE_MOVABLE = 22,
 	IOMMU_LIVEUPDATE_NOT_HITLESS = 23,
+	IOMMU_LIVEUPDATE_SEVERAL_IOMMUS = 24,
 };
 
 /**

@@ -970,6 +970,11 @@ struct vfio_device_bind_iommufd {
  * the IOMMU could discard DMA of the device while it switches, see
  * IOMMU_HW_CAP_HITLESS_REPLACE.
  *
+ * VFIO_DEVICE_ATTACH_ADOPT, which is possible together with
+ * VFIO_DEVICE_ATTACH_MUST_EQUAL only, is kept for IOMMUs that cannot switch without
+ * a gap: the new hwpt would take over the page table of the current one, and
+ * nothing would be switched. Fails with -EOPNOTSUPP.
+ *
  * Return: 0 on success, -errno on failure.
  *
  * When a device is resetting, -EBUSY will be returned to reject any concurrent
@@ -981,6 +986,7 @@ struct vfio_device_attach_iommufd_pt {
 	__u32	flags;
 #define VFIO_DEVICE_ATTACH_PASID	(1 << 0)
 #define VFIO_DEVICE_ATTACH_MUST_EQUAL	(1 << 1)
+#define VFIO_DEVICE_ATTACH_ADOPT	(1 << 2)
 	__u32	pt_id;
 	__u32	pasid;
 };

@@ -19,7 +19,8 @@ KNOWN_FAILURES = {"iommu/iommufd": {
 KNOWN_SKIPS = {"iommu/iommufd": {
     r"iommufd_viommu\.no_viommu\.": "cases of the variant that has no vIOMMU",
 }, "iommu/iommufd_liveupdate": {
-    r"noiommu\.(refuse_(dirty_tracking|fault|nested|pasid)|list_objects_of_all_types|group)$":
+    r"noiommu\.(refuse_(dirty_tracking|fault|nested|pasid|not_hitless|several_iommus)"
+    r"|list_objects_of_all_types|group)$":
         "what a device without an IOMMU cannot have",
 }}
 VFIO_PROGRAMS = ("vfio_dma_mapping_test", "vfio_dma_mapping_mmio_test", "vfio_iommufd_setup_test",

@@ -693,6 +693,22 @@ static void refuse_pasid(void)
 	verdict(ret < 0, "attach a PASID", ret);
 }
 
+/* Kept for IOMMUs that cannot switch without a gap. No kernel does it so far. */
+static void refuse_adopt(void)
+{
+	struct vfio_device_attach_iommufd_pt attach = {
+		.argsz = sizeof(attach),
+		.flags = VFIO_DEVICE_ATTACH_MUST_EQUAL | VFIO_DEVICE_ATTACH_ADOPT,
+		.pt_id = ioas_id,
+	};
+	int ret = ioctl(dev, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach) ? -errno : 0;
+
+	verdict(ret == -EOPNOTSUPP, "adopt a page table", ret);
+	attach.flags = VFIO_DEVICE_ATTACH_ADOPT;
+	ret = ioctl(dev, VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach) ? -errno : 0;
+	verdict(ret == -EINVAL, "adopt a page table that is not compared", ret);
+}
+
 /* What would be lost is refused by name, and nothing has happened. */
 static void refusals_first(void)
 {
@@ -702,6 +718,7 @@ static void refusals_first(void)
 	refuse_other_memfd(iova);
 	refuse_dmabuf(iova);
 	refuse_pasid();
+	refuse_adopt();
 	run_for(1);
 	create_session("dma");
 	preserve_all();
