@@ -21,10 +21,13 @@
  *   khobench.pattern=P    contig: one page after the other
  *                         hole:   a page of somebody else after every 99
  *                         second: every second page is somebody else's
+ *                         mixed:  a folio of 16 KiB and one of 4 KiB in turn, with
+ *                                 somebody else's pages between them
  *   khobench.huge=0|1     2 MiB folios (shmem_enabled is set to advise)
  *   khobench.seed=N       seed of the contents
  *   khobench.evict=0|1    first fill the movable memory in KHO's scratch areas
  *                         so that preserving has nothing to migrate (default 1)
+ *   khobench.cache=N      first read a file of N MiB, which stays in the page cache
  *   khobench.refill=0|1   write to what is free before the pages are looked at (default 1)
  *   khobench.fill=1       use up free memory before the memfd is retrieved, and
  *                         look at the end that nobody wrote to it
@@ -32,7 +35,9 @@
  *                         ENOMEM and leave the guest usable; refused: see damage
  *   khobench.damage=D     before the reboot damage the map of preserved memory
  *                         in memory: node (a pointer to nowhere), range (pages
- *                         outside of memory) or scratch (pages in scratch);
+ *                         outside of memory), scratch (pages in scratch), hole (a
+ *                         folio of 2 MiB at 512 MiB) or loop (every pointer of a
+ *                         table leads to the same one);
  *                         with expect=refused the next kernel must come up
  *                         without the session and with working memory
  *   khobench.rounds=N     handovers in a row (default 1)
@@ -321,6 +326,22 @@ static void evict_scratch(int huge)
 	    meminfo_kib("MemFree:"));
 }
 
+/* Page cache of a file, movable unlike that of a disk; where it lies is the kernel's choice. */
+static void read_file(size_t mib)
+{
+	static char buf[1 << 20];
+	int fd = open("/var/tmp/hole", O_RDWR | O_CREAT, 0600);
+
+	if (fd < 0 || ftruncate(fd, mib << 20))
+		die("/var/tmp/hole");
+	for (size_t i = 0; i < mib; i++)
+		if (read(fd, buf, sizeof(buf)) != (ssize_t)sizeof(buf))
+			die("read /var/tmp/hole");
+	close(fd);
+	say("cached_kib=%lu cma_free_kib=%lu mem_free_kib=%lu", meminfo_kib("\nCached:"),
+	    meminfo_kib("CmaFree:"), meminfo_kib("MemFree:"));
+}
+
 /* What the kernel says about the size of scratch, if it does */
 static void report_need(void)
 {
@@ -392,6 +413,57 @@ static int make_memfd(const char *name, size_t len, char **p, int huge)
 }
 
 /*
+ * Physical memory in blocks of eight pages of which the first four and the sixth are free, @n of
+ * them, and little else that is free in as small pieces. The others stay with the hog.
+ */
+static void make_gaps(size_t n)
+{
+	const size_t span = n * 8 * PAGE * 9 / 8 + (16UL << 20), pages = span / PAGE;
+	uint64_t *pfn = malloc(pages * sizeof(*pfn));
+	char *hog = mmap(NULL, span, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	size_t made = 0;
+
+	if (!pfn || hog == MAP_FAILED)
+		die("hog");
+	madvise(hog, span, MADV_NOHUGEPAGE);	/* Parts of a huge page would not be free at once. */
+	memset(hog, 1, span);
+	read_pfns(hog, pages, pfn);
+	for (size_t i = 0; i + 8 <= pages && made < n; i++) {
+		size_t run = 1;
+
+		if (!pfn[i] || pfn[i] % 8 || in_scratch(pfn[i] * PAGE))
+			continue;
+		while (run < 8 && pfn[i + run] == pfn[i] + run)
+			run++;
+		if (run < 8)
+			continue;
+		madvise(hog + i * PAGE, 4 * PAGE, MADV_DONTNEED);
+		madvise(hog + (i + 5) * PAGE, PAGE, MADV_DONTNEED);
+		made++;
+		i += 7;
+	}
+	free(pfn);
+	say("gaps=%zu", made);
+}
+
+/* Four of five pages in folios of 16 KiB, the others on their own. */
+static int build_mixed(size_t len, uint64_t seed, char **out)
+{
+	size_t n = len / PAGE, large = n / 5 * 4;
+	char *p;
+	int fd;
+
+	spit("/sys/kernel/mm/transparent_hugepage/hugepages-16kB/shmem_enabled", "advise");
+	make_gaps(n / 5);
+	fd = make_memfd("khobench", len, &p, 0);
+	madvise(p, large * PAGE, MADV_HUGEPAGE);
+	for (size_t i = 0; i < n; i++)
+		fill_page(p + i * PAGE, seed, i);
+	*out = p;
+	return fd;
+}
+
+/*
  * Build the memfd to preserve.  The pages between those of the pattern belong
  * to a second memfd that stays allocated until the kexec, so that the holes
  * are memory in use, as on a host.
@@ -403,6 +475,8 @@ static int build(size_t len, const char *pattern, int huge, uint64_t seed,
 	char *p, *q = NULL;
 	int fd;
 
+	if (!strcmp(pattern, "mixed"))
+		return build_mixed(len, seed, out);
 	if (!strcmp(pattern, "hole"))
 		every = 99;
 	else if (!strcmp(pattern, "second"))
@@ -629,9 +703,46 @@ static uint64_t *map_phys(int mem, uint64_t phys)
 	return p;
 }
 
+/* A page that stays where it is, not in scratch. */
+static uint64_t *own_page(uint64_t *phys)
+{
+	for (;;) {
+		uint64_t *p = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
+				   MAP_PRIVATE | MAP_ANONYMOUS | MAP_LOCKED, -1, 0);
+
+		if (p == MAP_FAILED)
+			die("mmap page");
+		memset(p, 0, PAGE);
+		read_pfns(p, 1, phys);
+		*phys *= PAGE;
+		if (*phys && !in_scratch(*phys))
+			return p;
+	}
+}
+
+/*
+ * Put tables of our own below @root, down to a leaf, and return that. Each has one pointer, at
+ * the place that @key says, or is full of pointers.
+ */
+static uint64_t *add_path(uint64_t *root, uint64_t key, int full)
+{
+	uint64_t *t = root, phys;
+
+	for (int level = 5; level >= 1; level--) {
+		uint64_t *next = own_page(&phys);
+
+		for (size_t i = 0; i < 512; i++)
+			if (full || i == (key >> (15 + 9 * (level - 1))) % 512)
+				t[i] = phys;
+		t = next;
+	}
+	return t;
+}
+
 /*
  * The map is a tree of five levels of 512 pointers over leaves of 32768 bits.
- * Follow it to the lowest table of order 0 and damage a pointer there.
+ * Follow it to the lowest table of order 0 and damage a pointer there, or put
+ * something else into its root.
  */
 static void damage_map(const char *how)
 {
@@ -641,6 +752,16 @@ static void damage_map(const char *how)
 
 	if (mem < 0)
 		die("/dev/mem");
+	if (!strcmp(how, "hole") || !strcmp(how, "loop")) {
+		/* The order's bit, and the address in units of it. */
+		uint64_t key = 1ULL << (64 - 21) | (512UL << 20) >> 21;
+
+		t = add_path(map_phys(mem, phys), key, !strcmp(how, "loop"));
+		if (!strcmp(how, "hole"))
+			t[key % 32768 / 64] |= 1ULL << key % 64;
+		say("damaged=%s", how);
+		return;
+	}
 	for (level = 5; level >= 1; level--) {
 		t = map_phys(mem, phys);
 		/* keys of order 0 are the largest: take the last pointer */
@@ -745,6 +866,7 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 		if (!strcmp(expect, "enomem"))
 			die("preserve was not refused");
 		report_runs(p, len / PAGE);
+		report_need();
 	}
 	if (*param("damage", "") && next_stage == 2)
 		damage_map(param("damage", ""));
@@ -796,6 +918,8 @@ int main(void)
 			     "advise");
 		if (atoi(param("evict", "1")))
 			evict_scratch(1);
+		if (atoi(param("cache", "0")))
+			read_file(atoi(param("cache", "0")));
 		if (len)
 			fd = build(len, param("pattern", "contig"), huge, seed, &p);
 		hand_over(fd, p, len, 2);

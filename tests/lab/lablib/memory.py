@@ -28,13 +28,15 @@ MARKS = (("kernel", r"Linux version "), ("console", r"console \[ttyS0\] enabled"
 class Shape:
     """What is preserved: @mib MiB, whose pages lie in memory as @pattern says."""
     mib: int
-    pattern: str = "contig"     # contig, hole (one in a hundred), second (every second page)
+    pattern: str = "contig"     # contig, hole (one in a hundred), second (every second page), mixed
     huge: bool = False          # 2 MiB folios
     large: bool = False         # in a large guest, though it is little
 
     def __str__(self):
         if not self.mib:
             return "nothing, in a large guest" if self.large else "nothing"
+        if self.pattern == "mixed":
+            return f"{self.mib} MiB, 16 KiB and 4 KiB folios in turn"
         pattern = {"contig": "contiguous", "hole": "a hole in a hundred",
                    "second": "every second page"}[self.pattern]
         return f"{self.mib} MiB, {'2 MiB' if self.huge else '4 KiB'} folios, {pattern}"

@@ -17,7 +17,8 @@ from lablib.profiles import DEBUG_GUEST
 from lablib.qemu import VM
 from suite.upstream import quiet, suite
 
-SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(256, huge=True))
+SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(256, "mixed"),
+          Shape(256, huge=True))
 NUMA = (("numa", False, ""),)
 EAGER = (("eager", False, ""),)
 DEBUG = (("debug", False, ""),)
@@ -35,7 +36,7 @@ def come_back(ctx, config, shapes=SHAPES, **kw) -> list:
                         options="khobench.fill=1", **kw)
         if shape.mib:
             expect(int(got.old["in_scratch"]) == 0, f"{shape}: pages lie in scratch")
-            expect(shape.pattern != "second" or int(got.old["runs"]) > shape.mib * 100,
+            expect(shape.pattern not in ("second", "mixed") or int(got.old["runs"]) > shape.mib * 90,
                    f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
             expect(int(got.new["filled_mib"]) > 64, f"only {got.new['filled_mib']} MiB were filled")
             expect(got.new.get("zones_ok") == "1", "nobody looked whether pages went back to their zones")
@@ -108,10 +109,42 @@ def too_much_memory_is_refused_at_preserve(ctx):
     expect(got.old.get("preserve_failed") == "Cannot", f"preserve: {got.old.get('preserve_failed')}")
 
 
-def refused(ctx, how):
+@test(part="memory")
+def page_cache_in_scratch_is_not_room_for_memory(ctx):
+    """Dropping it makes no memory free that preserved pages can lie in: refused, or preserved if there is room."""
+    for mib, expected in ((900, "enomem"), (400, "ok")):
+        got = hand_over(ctx.kernel(), Shape(mib), memory="2G", kho_scratch="64M,1000M,64M",
+                        options=f"khobench.cache=900 khobench.expect={expected} khobench.evict=0")
+        expect(int(got.old["cached_kib"]) > 800 << 10, f"only {got.old['cached_kib']} KiB of page cache")
+        expect(("preserve_failed" in got.old) == (expected == "enomem"), f"{mib} MiB: not {expected}")
+        ctx.figure(f"{mib} MiB", f"{got.old['to_move']} pages in scratch, {expected}")
+
+
+@test(part="memory")
+def scratch_that_cannot_be_reserved_leaves_memory_alone(ctx):
+    """KHO is off then, and no memory is CMA."""
+    with ctx.vm(memory="2G", kho_scratch="64M,10G,64M", init="bare") as vm:
+        vm.ready()
+        expect(vm.console.find("disabling kexec handover") is not None, "scratch was reserved")
+        expect(vm.run("grep CmaFree: /proc/meminfo").out.split()[1] == "0",
+               vm.run("grep Cma /proc/meminfo").out)
+
+
+@test(part="memory")
+def scratch_needed_grows_with_what_is_preserved(ctx):
+    """By an element of memblock's array for each run of pages, and room to enlarge the array."""
+    got = hand_over(ctx.kernel(), Shape(64, "second"), memory="1G", options="khobench.refill=0")
+    needed = [int(m.group(1)) for x in got.lines if (m := re.search(r"scratch_needed_kib=(\d+)", x))]
+    more = (needed[1] - needed[0]) << 10
+    expect(more >= 36 * int(got.old["runs"]), f"{more} bytes more for {got.old['runs']} runs")
+    expect(needed[2] - needed[0] < 1 << 10, f"what it took the next kernel counts for the one after it: {needed}")
+    ctx.figure("64 MiB, every second page", f"{more >> 10} KiB for {got.old['runs']} runs")
+
+
+def refused(ctx, how, options=""):
     """The next kernel says what is wrong, forgets the handover and has all of its memory."""
     got = hand_over(ctx.kernel(), Shape(128, "second"), memory="1G",
-                    options=f"khobench.damage={how} khobench.expect=refused")
+                    options=f"khobench.damage={how} khobench.expect=refused {options}")
     expect(got.says("preserved memory map has an invalid"), f"{how}: the kernel says no reason")
     expect(got.says("disabling KHO revival"), f"{how}: the handover was not refused")
     old, new = (int(said["mem_total_kib"]) for said in (got.old, got.new))
@@ -120,9 +153,21 @@ def refused(ctx, how):
 
 @test(part="memory")
 def a_damaged_map_of_memory_is_refused(ctx):
-    """A pointer to nowhere; pages outside of memory; pages in scratch."""
-    for how in ("node", "range", "scratch"):
+    """A pointer to nowhere; pages outside of memory; pages in scratch; pointers in circles."""
+    for how in ("node", "range", "scratch", "loop"):
         refused(ctx, how)
+
+
+@test(part="memory")
+def a_folio_with_a_hole_in_its_memory_is_refused(ctx):
+    """Of which the first and the last page are there."""
+    refused(ctx, "hole", "memmap=4K$513M")
+
+
+@test(part="memory")
+def a_damaged_map_is_refused_if_scratch_is_not_extended(ctx):
+    """There is no memory to note which parts of memory are busy, long before the damage is reached."""
+    refused(ctx, "range", "liveupdate_test_fail=extend-scratch:1")
 
 
 @test()
