@@ -233,6 +233,59 @@ static void rename_domains(int mem_fd)
 	say("%s renamed the domains: %d", n ? "ok" : "FAIL", n);
 }
 
+/* include/linux/kho/abi/intel_iommu.h, and the instance that leads to it */
+struct vtd_unit_ser {
+	uint64_t rtaddr, cap, ecap, entries;
+};
+
+struct iommu_instance_ser {
+	uint64_t next, base;
+	uint32_t kind, version;
+	uint64_t blob, blob_size;
+};
+
+#define RTADDR_SCALABLE	(1u << 10)
+
+/* Another root table, another mode, another unit, a list that is none. */
+static void damage_unit(struct vtd_unit_ser *ser, const char *what)
+{
+	if (!strcmp(what, "unitroot"))
+		ser->rtaddr += PAGE;
+	else if (!strcmp(what, "unitmode"))
+		ser->rtaddr ^= RTADDR_SCALABLE;
+	else if (!strcmp(what, "unitcap"))
+		ser->cap ^= 1;
+	else if (!strcmp(what, "unitlist"))
+		ser->entries += sizeof(uint64_t);
+}
+
+/* The next kernel does not find the unit as it is described. */
+static void damage_instance(int mem_fd, const char *what)
+{
+	uint64_t base = unit_register("address"), cap = unit_register("cap");
+	struct iommu_instance_ser instance;
+	struct vtd_unit_ser ser;
+	int n = 0;
+
+	for (off_t at = 1 << 20; at < 1 << 30; at += PAGE) {
+		if (pread(mem_fd, &instance, sizeof(instance), at) != sizeof(instance) ||
+		    instance.next || instance.base != base || instance.kind != 1 ||
+		    instance.blob_size != sizeof(ser) ||
+		    pread(mem_fd, &ser, sizeof(ser), instance.blob) != sizeof(ser) ||
+		    ser.cap != cap)
+			continue;
+		damage_unit(&ser, what);
+		if (!strcmp(what, "unitversion"))
+			instance.version++;
+		else if (!strcmp(what, "unitbase"))
+			instance.base += PAGE;
+		check(pwrite(mem_fd, &ser, sizeof(ser), instance.blob), "damage the unit");
+		check(pwrite(mem_fd, &instance, sizeof(instance), at), "damage the instance");
+		n++;
+	}
+	say("%s damaged the IOMMU's description: %d", n == 1 ? "ok" : "FAIL", n);
+}
+
 /* The whole handover is damaged, not only the records of PCI devices. */
 static bool all_damaged(void)
 {
@@ -243,7 +296,7 @@ void damage_first(void)
 {
 	int fd;
 
-	load_kernel(2, 0, "");
+	load_kernel(2, 0, param("dma.next", ""));
 	create_session("dma");
 	if (atoi(param("dma.memonly", "0")))
 		must(try_preserve(memfd, TOK_MEM), "preserve memfd");
@@ -259,6 +312,8 @@ void damage_first(void)
 		damage_context(fd);
 	else if (!strcmp(mode->name, "flb"))
 		rename_domains(fd);
+	else if (!strncmp(mode->name, "unit", 4))
+		damage_instance(fd, mode->name);
 	else if (!all_damaged())
 		damage_records(fd, mode->name);
 	else if (!strcmp(mode->name, "fdt"))

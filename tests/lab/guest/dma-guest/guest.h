@@ -160,6 +160,7 @@ void preserve_more(void);
 void retrieve_more(void);
 void fill_memory(void);
 void fill_freed_memory(int fd);
+void fill_iovas(void);
 void check_filler(void);
 
 /* large.c: all do nothing without dma.large= */
@@ -199,6 +200,9 @@ void try_destroy(uint32_t id, int expect, const char *what);
 void replace_unequal(void);
 uint32_t alloc_hwpt(uint32_t dev_id, uint32_t flags);
 void show_hitless(void);
+uint64_t unit_register(const char *name);
+void show_unit(void);
+void show_hwpts(void);
 
 /* vfio.c */
 extern volatile uint8_t *bar;
@@ -246,6 +250,7 @@ void retrieve_iommufd(void);
 void retrieve_device(void);
 void run_for(double seconds);
 void run_until_quiet(double quiet);
+void wait_for_dma(void);
 void __attribute__((noreturn)) finish_run(void);
 
 /* damage.c */
@@ -257,6 +262,13 @@ void damage_context_next(int stage);
 /* crash.c */
 void crash_end(void);
 void __attribute__((noreturn)) crashed(void);
+
+/* translated.c */
+void plain_first(void);
+void plain_next(int stage);
+void __attribute__((noreturn)) iovas_next(int stage);
+void __attribute__((noreturn)) blocked_next(int stage);
+void __attribute__((noreturn)) watch_ring(int fd);
 
 /* modes.c: what is tried instead of, or beside, the plain run */
 struct mode {

@@ -74,19 +74,47 @@ uint64_t get_pa(uint64_t iova)
 	return get.out_phys;
 }
 
-uint32_t find_frozen(void)
+#define MAX_OBJECTS	16
+
+static uint32_t list_objects(struct iommu_object_entry *e)
 {
-	struct iommu_object_entry e[16];
 	struct iommu_list_objects list = {
-		.size = sizeof(list), .entries = (uintptr_t)e, .num = 16,
-		.entry_size = sizeof(e[0]),
+		.size = sizeof(list), .entries = (uintptr_t)e, .num = MAX_OBJECTS,
+		.entry_size = sizeof(*e),
 	};
 
 	check(ioctl(iommufd, IOMMU_LIST_OBJECTS, &list), "LIST_OBJECTS");
-	for (uint32_t i = 0; i < list.num; i++)
+	return list.num;
+}
+
+uint32_t find_frozen(void)
+{
+	struct iommu_object_entry e[MAX_OBJECTS];
+	uint32_t n = list_objects(e);
+
+	for (uint32_t i = 0; i < n; i++)
 		if (e[i].type == IOMMU_OBJECT_HWPT_FROZEN)
 			return e[i].id;
 	return 0;
+}
+
+/* What the kernel says of each HWPT of the context. */
+void show_hwpts(void)
+{
+	struct iommu_object_entry e[MAX_OBJECTS];
+	uint32_t n = list_objects(e);
+
+	for (uint32_t i = 0; i < n; i++) {
+		bool frozen = e[i].type == IOMMU_OBJECT_HWPT_FROZEN;
+		struct iommu_hwpt_info info = { .size = sizeof(info), .hwpt_id = e[i].id };
+
+		if (!frozen && e[i].type != IOMMU_OBJECT_HWPT_PAGING)
+			continue;
+		check(ioctl(iommufd, IOMMU_GET_HWPT_INFO, &info), "GET_HWPT_INFO");
+		say("HWPT frozen=%d format=%u coherent=%d pasid=%d", frozen, info.out_format,
+		    !!(info.out_flags & IOMMU_HWPT_INFO_ENFORCE_CC),
+		    !!(info.out_flags & IOMMU_HWPT_INFO_PASID));
+	}
 }
 
 void try_destroy(uint32_t id, int expect, const char *what)
@@ -128,4 +156,24 @@ void show_hitless(void)
 
 	check(ioctl(iommufd, IOMMU_GET_HW_INFO, &info), "GET_HW_INFO");
 	say("hitless %d", !!(info.out_capabilities & HW_CAP_HITLESS_REPLACE));
+}
+
+/* A register of the VT-d unit, by its name in sysfs. */
+uint64_t unit_register(const char *name)
+{
+	char path[128], text[32] = "";
+	int fd;
+
+	snprintf(path, sizeof(path), "/sys/class/iommu/dmar0/intel-iommu/%s", name);
+	fd = open(path, O_RDONLY);
+	check(fd, path);
+	check(read(fd, text, sizeof(text) - 1), path);
+	close(fd);
+	return strtoull(text, NULL, 16);
+}
+
+void show_unit(void)
+{
+	say("UNIT cap=%#llx ecap=%#llx", (unsigned long long)unit_register("cap"),
+	    (unsigned long long)unit_register("ecap"));
 }

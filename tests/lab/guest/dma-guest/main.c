@@ -135,7 +135,7 @@ static void retrieve_all(int stage)
 }
 
 /* The sender begins when it has heard READY. */
-static void wait_for_dma(void)
+void wait_for_dma(void)
 {
 	double end = now() + 60;
 

@@ -34,20 +34,44 @@ uint64_t dma_addr(uint32_t off)
 	return iommu ? mem_iova + off : st->pa[off / PAGE] + off % PAGE;
 }
 
+/* Where the pages are: by the IOAS if the device uses that, else by this program's own table. */
+static void find_pages(uint64_t *pa)
+{
+	uint64_t entry;
+	int fd;
+
+	if (!iommu) {
+		for (uint32_t i = 0; i < NPAGES; i++)
+			pa[i] = get_pa(mem_iova + (uint64_t)i * PAGE);
+		return;
+	}
+	fd = open("/proc/self/pagemap", O_RDONLY);
+	check(fd, "pagemap");
+	for (uint32_t i = 0; i < NPAGES; i++) {
+		volatile uint8_t *page = mem + (size_t)i * PAGE;
+
+		(void)*page;		/* it is in the table when it was read */
+		check(pread(fd, &entry, sizeof(entry), (uintptr_t)page / PAGE * sizeof(entry)),
+		      "pagemap");
+		pa[i] = (entry & ((1ull << 55) - 1)) * PAGE;
+	}
+	close(fd);
+}
+
 /*
- * Write down, and say, where the device finds the pages: DMA elsewhere is an error.
- * Without an IOMMU the queues have to be contiguous.
+ * Write down where the pages are, and say where the device finds them: DMA elsewhere is an
+ * error. Without an IOMMU the queues have to be contiguous.
  */
 void note_pages(void)
 {
 	uint32_t first = 0;
 
+	find_pages(st->pa);
 	if (iommu) {
 		say("MEMORY at=%#llx pages=%u", (unsigned long long)mem_iova, NPAGES);
 		return;
 	}
 	for (uint32_t i = 0; i < NPAGES; i++) {
-		st->pa[i] = get_pa(mem_iova + (uint64_t)i * PAGE);
 		if (i && st->pa[i] != st->pa[i - 1] + PAGE) {
 			if (i < QUEUE_SIZE / PAGE) {
 				errno = ENOMEM;
@@ -62,15 +86,15 @@ void note_pages(void)
 	    NPAGES - first);
 }
 
-/* Behind an IOMMU the kernel's own comparison has to do. */
+/* They must be where they were: behind an IOMMU, too, as its tables go on leading there. */
 void check_pages(void)
 {
+	static uint64_t pa[NPAGES];
 	uint32_t moved = 0;
 
-	if (iommu)
-		return;
+	find_pages(pa);
 	for (uint32_t i = 0; i < NPAGES; i++)
-		moved += get_pa(mem_iova + (uint64_t)i * PAGE) != st->pa[i];
+		moved += pa[i] != st->pa[i];
 	say("%s pages: %u of %u moved", moved ? "FAIL" : "ok", moved, NPAGES);
 }
 
@@ -161,16 +185,15 @@ void fill_memory(void)
 
 #define KPF_ANON	12	/* of /proc/kpageflags */
 
-/* How many pages of the device's buffers, which the memfd @fd has noted, are in the filler. */
-static uint32_t filled_buffers(int fd)
+/* How many of the @nr pages at @pa are in the filler. */
+static uint32_t filled_pages(const uint64_t *pa, uint32_t nr)
 {
 	int flags = open("/proc/kpageflags", O_RDONLY);
-	uint64_t pa[NPAGES], flag;
 	uint32_t n = 0;
+	uint64_t flag;
 
 	check(flags, "/proc/kpageflags");
-	check(pread(fd, pa, sizeof(pa), STATE_OFF + offsetof(struct state, pa)), "pread");
-	for (uint32_t i = BUF_OFF / PAGE; i < STATE_OFF / PAGE; i++) {
+	for (uint32_t i = 0; i < nr; i++) {
 		check(pread(flags, &flag, sizeof(flag), pa[i] / PAGE * sizeof(flag)), "pread");
 		n += flag >> KPF_ANON & 1;
 	}
@@ -180,11 +203,8 @@ static uint32_t filled_buffers(int fd)
 
 #define STEP	(16u << 20)
 
-/*
- * The same, until it has all of the buffers that were just freed, should they have been.
- * They are huge pages, which the kernel keeps apart for whoever wants a huge page next.
- */
-void fill_freed_memory(int fd)
+/* The same, until it has all of these pages, as far as they are free. */
+static void fill_pages(const uint64_t *pa, uint32_t nr, const char *what)
 {
 	size_t len = available() / 4 * 3;
 	uint32_t n;
@@ -193,9 +213,31 @@ void fill_freed_memory(int fd)
 	map_filler(len);
 	do {
 		fill(STEP);
-		n = filled_buffers(fd);
-	} while (n < BUF_SIZE / PAGE && filler_len + STEP <= len);
-	say("filled %zu MiB, with %u pages of buffers", filler_len >> 20, n);
+		n = filled_pages(pa, nr);
+	} while (n < nr && filler_len + STEP <= len);
+	say("filled %zu MiB, with %u pages of %s", filler_len >> 20, n, what);
+}
+
+/*
+ * The buffers that were just freed, should they have been, are huge pages, which the kernel
+ * keeps apart for whoever wants a huge page next. The memfd @fd has noted where they are.
+ */
+void fill_freed_memory(int fd)
+{
+	static uint64_t pa[NPAGES];
+
+	check(pread(fd, pa, sizeof(pa), STATE_OFF + offsetof(struct state, pa)), "pread");
+	fill_pages(pa + BUF_OFF / PAGE, BUF_SIZE / PAGE, "buffers");
+}
+
+/* Memory whose physical addresses are the IOVAs of the device: hit if nobody translates them. */
+void fill_iovas(void)
+{
+	static uint64_t pa[NPAGES];
+
+	for (uint32_t i = 0; i < NPAGES; i++)
+		pa[i] = mem_iova + (uint64_t)i * PAGE;
+	fill_pages(pa, NPAGES, "IOVAs");
 }
 
 void check_filler(void)

@@ -491,6 +491,8 @@ static void unequal_next(int stage)
 	make_ioas();
 	ret = try_attach(ioas_id);
 	say("UNEQUAL %d", ret);
+	if (iommu)
+		watch_ring(old);
 	ret = ioctl(iommufd, IOMMU_DESTROY, &d) ? -errno : 0;
 	say("note: destroy the frozen HWPT of stage %d: %s", stage, strerror(-ret));
 	ret = try_finish();
@@ -770,6 +772,10 @@ static void pair_first(void)
 	must(dev2_id, "bind second device");
 	pair_attach();
 	bus_master(dev2);
+	if (!iommu)
+		return;
+	show_unit();
+	show_hwpts();
 }
 
 static void pair_last(void)
@@ -784,6 +790,8 @@ static void pair_bound(void)
 	must(dev2, "retrieve second device");
 	dev2_id = bind_dev(dev2, iommufd);
 	must(dev2_id, "bind second device");
+	if (iommu)
+		show_hwpts();
 }
 
 static void pair_replaced(void)
@@ -792,6 +800,8 @@ static void pair_replaced(void)
 
 	verdict(ret == -EBUSY, "finish with a device on its frozen HWPT", ret);
 	pair_attach();
+	if (iommu)
+		show_hwpts();
 }
 
 static bool gone(double seconds)
@@ -957,7 +967,10 @@ static void otherdriver_next(int stage)
 	end_session();
 	must(put(PCI_DEVICE BDF "/reset_method", "bus"), "reset_method");
 	must(put(PCI_DEVICE BDF "/driver/unbind", BDF), "unbind");
-	fill_memory();
+	if (iommu)
+		fill_iovas();
+	else
+		fill_memory();
 	say("QUIESCED");
 	must(put("/sys/bus/pci/drivers/e1000e/bind", BDF), "bind to e1000e");
 	show_driver();
@@ -1071,6 +1084,9 @@ const struct mode *find_mode(const char *name)
 		{ .name = "killedbound", .bound = killed_bound, .dies = true },
 		{ .name = "killedpreserved", .first = killed_preserved, .dies = true, .stays = true },
 		{ .name = "watch", .next = control_next },
+		{ .name = "plain", .first = plain_first, .next = plain_next, .stays = true },
+		{ .name = "iovas", .next = iovas_next },
+		{ .name = "blocked", .next = blocked_next },
 		{ .name = "punched", .next = punched_next },
 		{ .name = "unequal", .next = unequal_next },
 		{ .name = "pending", .first = pending_first, .last = pending_last,
@@ -1102,6 +1118,12 @@ const struct mode *find_mode(const char *name)
 		{ .name = "bridge", .first = damage_first, .next = damage_next },
 		{ .name = "slot", .first = damage_first, .next = damage_next },
 		{ .name = "domains", .first = damage_first, .next = damage_next },
+		{ .name = "unitroot", .first = damage_first, .next = damage_next },
+		{ .name = "unitmode", .first = damage_first, .next = damage_next },
+		{ .name = "unitcap", .first = damage_first, .next = damage_next },
+		{ .name = "unitlist", .first = damage_first, .next = damage_next },
+		{ .name = "unitbase", .first = damage_first, .next = damage_next },
+		{ .name = "unitversion", .first = damage_first, .next = damage_next },
 		{ .name = "context", .first = damage_first, .next = damage_context_next },
 	};
 
