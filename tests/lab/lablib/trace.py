@@ -16,9 +16,6 @@ CONFIG = re.compile(r"^(\S+) (\S+) @(0x[0-9a-f]+) <- (0x[0-9a-f]+)")
 
 # What tells of DMA into guest memory and of writes to a device's configuration.
 BUFFER_WRITES = {"e1000e_rx_desc_buff_write", "igb_rx_desc_buff_write"}
-NIC_EVENTS = (*sorted(BUFFER_WRITES), "e1000e_rx_written_to_guest", "pci_cfg_write",
-              "e1000e_core_ctrl_sw_reset", "e1000e_cb_pci_reset_hold")
-IOMMU_EVENTS = ("vtd_dmar_fault", "vtd_fault_disabled", "vtd_dmar_enable")
 
 
 @dataclass

@@ -28,6 +28,8 @@ EVENTS = {
 }
 # What raises a vector, and what a local APIC gets of it: nothing if the vector is masked.
 MESSAGE = ("pci_nvme_irq_msix", "apic_deliver_irq")
+# An IOMMU is switched on or off; it refused a request, of bus 1, device 0, function 0 or 1.
+ENABLE, FAULT, REQUESTERS = "vtd_dmar_enable", "vtd_dmar_fault", (0x0100, 0x0101)
 THROTTLE = "throttling.iops-read=150"       # 1,000 reads are in flight
 # Hot-unplug by the port itself, as on real hosts, and not by ACPI.
 PCIEHP = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
@@ -60,6 +62,15 @@ def forbidden(slot, offset, value):
                 0x100 <= offset < 0x148)            # AER
 
 
+def requester(fault):
+    return int(re.search(r"sid (0x[0-9a-f]+)", fault.text).group(1), 16)
+
+
+def faults(run):
+    """How many DMA requests of the device, or its second function, QEMU's IOMMU refused."""
+    return sum(requester(e) in REQUESTERS for e in run.trace({FAULT}))
+
+
 class Run:
     """One run of dma-guest: what it said, what was sent, what the device did.
 
@@ -82,7 +93,7 @@ class Run:
             options += " pcie_ports=native"
         with ctx.vm(kernel=kernel, init="dma-guest", memory=memory, cpus=cpus,
                     devices=[device, second], machine=machine, disk_options=THROTTLE,
-                    trace=("pci_cfg_write", *EVENTS[device], *trace),
+                    trace=("pci_cfg_write", ENABLE, FAULT, *EVENTS[device], *trace),
                     arguments=PCIEHP if native else arguments, icount=icount,
                     append=f"dma.device={device} dma.mode={mode} dma.kexecs={kexecs} "
                            f"{options}") as vm:
@@ -213,6 +224,9 @@ class Run:
         expect(len(spans) == kexecs, f"{len(spans)} kexecs, not {kexecs}")
         expect(not self.config_writes(), f"forbidden: {self.config_writes()[:5]}")
         expect(not self.strays(), f"DMA outside of the memory: {self.strays()[:5]}")
+        expect(not faults(self), f"{faults(self)} DMA requests of the device refused")
+        expect(not any(a < e.when < b for e in self.trace({ENABLE}) for a, b in spans),
+               "the IOMMU was switched in a blackout")
         return [self.dma(*s) for s in spans], [b - a for a, b in spans]
 
     def nothing_lost(self, ctx, kexecs):

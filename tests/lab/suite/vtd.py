@@ -10,26 +10,15 @@ IOMMU refused, are counted.
 
 import re
 
-from lablib import trace
 from lablib.check import expect, test
-from .dma import SIBLING as SIBLING_SLOT, Functions, Run, quiesced
+from .dma import ENABLE, FAULT, REQUESTERS, SIBLING, Functions, Run, faults, quiesced, requester
 from .upstream import quiet
 
 MODES = {"legacy": "vtd-legacy", "second-stage": "vtd-scalable", "first-stage": "vtd-first-stage"}
-FAULT, ENABLE, FILL = "vtd_dmar_fault", "vtd_dmar_enable", "vtd_iotlb_page_update"
+FILL = "vtd_iotlb_page_update"
 KDUMP = ("kdump", False, "")
 MINIMAL, UNPATCHED = ("minimal", False, ""), ("minimal", True, "")
-DEVICE, SIBLING = 0x0100, 0x0101    # bus 1, device 0: as QEMU's trace has the requester
-
-
-def requester(fault):
-    return int(re.search(r"sid (0x[0-9a-f]+)", fault.text).group(1), 16)
-
-
-def faults(run):
-    """How many DMA requests of the device, or its second function, QEMU's IOMMU refused."""
-    return sum(requester(e) in (DEVICE, SIBLING)
-               for e in trace.read(run.vm.dir / "trace.log", {FAULT}))
+DEVICE = REQUESTERS[0]
 
 
 class Replaces:
@@ -37,7 +26,7 @@ class Replaces:
 
     def __init__(self, ctx, mode, count, *, rate=2000, kernel=None, icount=False):
         run = Run(ctx, mode="replace", rate=rate, options=f"dma.replaces={count}", kernel=kernel,
-                  machine=MODES.get(mode, mode), trace=(FAULT,), timeout=120 + count / 20, icount=icount)
+                  machine=MODES.get(mode, mode), timeout=120 + count / 20, icount=icount)
         said, got = run.lines("REPLACED"), run.result()
         expect(said, f"the replaces did not come to their end; see {run.vm.dir}")
         self.hitless = bool(run.lines("hitless 1"))
@@ -105,12 +94,11 @@ class Kexec(Run):
 
     def __init__(self, ctx, mode, kexecs, *, options="", timeout=240, guest="run", **kw):
         super().__init__(ctx, mode=guest, kexecs=kexecs, machine=MODES.get(mode, mode),
-                         trace=(FAULT, ENABLE, FILL), options=f"dma.fill=1 {options}",
+                         trace=(FILL,), options=f"dma.fill=1 {options}",
                          timeout=timeout, **kw)
 
     def judge(self, ctx, kexecs):
         self.nothing_lost(ctx, kexecs)
-        expect(not faults(self), f"{faults(self)} DMA requests of the device refused")
         # On once, by the first kernel, and never off until the machine is.
         switched = self.switched()
         expect(len(switched) == 1, f"translation was switched {len(switched)} times: {switched}")
@@ -122,10 +110,14 @@ class Kexec(Run):
         end = self.blackouts()[-1][1]
         return [e.text for e in self.trace({ENABLE}) if e.when < end]
 
+    def looked_up(self):
+        """The entries of page tables by which the IOMMU translated for the device."""
+        return [int(re.search(r"slpte (0x[0-9a-f]+)", e.text).group(1), 16)
+                for e in self.trace({FILL}) if requester(e) == DEVICE]
+
     def page_sizes(self):
         """How many translations of 4 KiB and of 2 MiB (with bit 7 set) the IOMMU looked up."""
-        entries = [int(re.search(r"slpte (0x[0-9a-f]+)", e.text).group(1), 16)
-                   for e in self.trace({FILL}) if requester(e) == DEVICE]
+        entries = self.looked_up()
         large = sum(bool(x & 0x80) for x in entries)
         return len(entries) - large, large
 
@@ -175,7 +167,7 @@ def the_iommu_stays_on_if_the_next_kernel_is_told_otherwise(ctx):
 
 @test()
 def dma_goes_on_after_an_abort_vtd(ctx):
-    run = Run(ctx, mode="abort", machine=MODES["legacy"], trace=(FAULT,))
+    run = Run(ctx, mode="abort", machine=MODES["legacy"])
     got = run.result()
     expect(len(run.sent) == got["received"] and not got["incomplete"], f"sent {len(run.sent)}: {got}")
     expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
@@ -217,12 +209,11 @@ def others_go_on_if_no_record_of_a_device_can_be_read(ctx):
 
 def stopped(ctx, mode):
     """Every 16th packet is to go to where nothing is mapped; the IOMMU stops it in both kernels."""
-    run = Run(ctx, kexecs=1, machine=MODES[mode], trace=(FAULT,), options="dma.outside=16")
+    run = Run(ctx, kexecs=1, machine=MODES[mode], options="dma.outside=16")
     got, sent = run.result(), len(run.sent)
     # Not "lost": a last packet that went astray is followed by none that would show it.
     expect(sent - got["received"] == got["bad"], f"sent {sent}: {got}")
-    hits = [e.when for e in trace.read(run.vm.dir / "trace.log", {FAULT})
-            if requester(e) == DEVICE]
+    hits = [e.when for e in run.trace({FAULT}) if requester(e) == DEVICE]
     (begin, end), = run.blackouts()
     phases = [sum(a <= t < b for t in hits) for a, b in ((0, begin), (begin, end), (end, float("inf")))]
     expect(all(phases), f"faults before, during and after the blackout: {phases}")
@@ -243,7 +234,7 @@ def dma_outside_of_the_mappings_is_stopped_first_stage(ctx):
 
 def stopped_instead(ctx, machine, options=""):
     """A kernel that does not go on as the previous one loses packets, and stops the device."""
-    run = Run(ctx, mode="stopped", kexecs=1, machine=machine, trace=(FAULT, ENABLE),
+    run = Run(ctx, mode="stopped", kexecs=1, machine=machine,
               options=f"{options} intel_liveupdate.test_no_adopt=1")
     got, end = run.result(), run.blackouts()[0][1]
     looked = run.lines("ok filled memory")
@@ -265,7 +256,7 @@ def control_packets_are_lost_without_the_adoption(ctx):
 @test()
 def an_iommu_that_was_off_stays_off(ctx):
     """The device uses physical addresses, and the next kernel is told to turn the IOMMU on."""
-    run = Run(ctx, kexecs=2, machine="vtd-off", trace=(FAULT, ENABLE),
+    run = Run(ctx, kexecs=2, machine="vtd-off",
               options="dma.fill=1 dma.irq=1 dma.next=intel_iommu=on")
     run.nothing_lost(ctx, 2)
     expect(not list(run.trace({ENABLE})), "the IOMMU was turned on")
@@ -361,8 +352,7 @@ def two_devices_in_a_group_with_their_port_go_through_two_kexecs(ctx):
 @test(part="vtd")
 def a_group_of_which_one_device_is_never_bound_is_quiesced(ctx):
     """It is not moved alone, and when everything is closed nothing of either is refused before it stops."""
-    run = quiesced(ctx, "functionsunbound", machine=MODES["legacy"], second="+e1000e",
-                   trace=(FAULT,))
+    run = quiesced(ctx, "functionsunbound", machine=MODES["legacy"], second="+e1000e")
     expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
 
 
@@ -370,7 +360,7 @@ def a_group_of_which_one_device_is_never_bound_is_quiesced(ctx):
 def a_group_is_stopped_if_opening_a_bound_device_fails(ctx):
     """Both lose their translation with it. The other device was never opened, and is stopped before."""
     run = quiesced(ctx, "functionsfail", machine=MODES["legacy"], second="+e1000e",
-                   kernel=ctx.kernel("faults"), trace=(FAULT,))
+                   kernel=ctx.kernel("faults"))
     gone = "01:00.1: liveupdate: the devices of its IOMMU group that were bound are gone"
     expect(run.vm.console.find(gone) is not None, "the second function was not stopped for this")
     expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
@@ -379,8 +369,7 @@ def a_group_is_stopped_if_opening_a_bound_device_fails(ctx):
 @test(part="vtd")
 def a_device_of_a_group_goes_on_after_the_deadline_of_another(ctx):
     """Nobody comes for either. The first that is stopped does not take the page table away."""
-    run = quiesced(ctx, "functionsdeadline", machine=MODES["legacy"], second="+e1000e", timeout=300,
-                   trace=(FAULT,))
+    run = quiesced(ctx, "functionsdeadline", machine=MODES["legacy"], second="+e1000e", timeout=300)
     one, both = (run.lines(x)[0].when + run.offset for x in ("ONE", "QUIESCED"))
     landed = run.dma(one + 0.1, both)
     expect(landed > 1000, f"{landed} packets of the first function after the second was stopped")
@@ -408,10 +397,10 @@ def a_group_is_stopped_if_one_device_cannot_be_taken_over_first_stage(ctx):
 def a_device_goes_on_if_another_of_its_group_is_lost(ctx):
     """There is no memory to take over the second function; the port and the first one came before."""
     run = Run(ctx, mode="functionslost", machine=MODES["legacy"], second="+e1000e",
-              options="dma.next=liveupdate_test_fail=pci-device:3", trace=(FAULT,))
+              options="dma.next=liveupdate_test_fail=pci-device:3")
     got, lost = run.result(), len(run.sent) - run.result()["received"]
     expect(not (lost or got["bad"] or got["doubled"] or got["incomplete"]), f"{lost} lost: {got}")
-    others = [x for x in run.config_writes() if SIBLING_SLOT not in x]
+    others = [x for x in run.config_writes() if SIBLING not in x]
     expect(not others, f"forbidden: {others[:5]}")
     expect(not run.strays() and not faults(run), f"{run.strays()[:5]}, {faults(run)} refused")
     ctx.figure("packets", f"{len(run.sent)} sent, {lost} lost")
@@ -420,7 +409,7 @@ def a_device_goes_on_if_another_of_its_group_is_lost(ctx):
 @test(part="vtd")
 def a_group_of_which_one_device_is_not_preserved_is_refused(ctx):
     """At reboot(2), with the name of the device; DMA of both goes on."""
-    run = Functions(ctx, mode="functionsleft", machine=MODES["legacy"], trace=(FAULT,))
+    run = Functions(ctx, mode="functionsleft", machine=MODES["legacy"])
     run.no_packet_lost()
     expect(not faults(run), f"{faults(run)} DMA requests refused")
 
@@ -436,7 +425,7 @@ REFUSED = ("-device", "pcie-root-port,id=rpf,slot=8,chassis=8,bus=pcie.0,addr=0x
 def devices_with_ats_parts_of_groups_and_aliases_are_refused(ctx):
     """Each by name, with DMA of another device going on, which is preserved after that."""
     run = Run(ctx, mode="refused-devices", machine="vtd-ats", second="virtio-net",
-              arguments=REFUSED, trace=(FAULT,))
+              arguments=REFUSED)
     run.no_packet_lost()
     for text in ("03:00.1: liveupdate: is not attached as the devices of its IOMMU group",
                  "05:01.0: .*its DMA has the requester id of another device"):
@@ -448,7 +437,7 @@ def devices_with_ats_parts_of_groups_and_aliases_are_refused(ctx):
 def crash(ctx, mode, kexecs):
     """A panic under DMA; the crash kernel copies the IOMMU's tables, and reads all of the dump."""
     run = Run(ctx, mode="crash", kexecs=kexecs, machine=MODES[mode], kernel=ctx.kernel("kdump"),
-              memory="1G", trace=(FAULT, ENABLE), arguments=("-no-reboot",),
+              memory="1G", arguments=("-no-reboot",),
               # The next kernel has no other memory than scratch to reserve any for a crash kernel.
               options="crashkernel=256M kho_scratch=16M,384M,16M")
     for said in ("the dump is an ELF file", "the memory of the device is in it", "the dump was read",
