@@ -310,34 +310,41 @@ def dma_through_two_kexecs(ctx):
     Run(ctx, kexecs=2, options=f"{FULL} dma.more=1").nothing_lost(ctx, 2)
 
 
+@everywhere
 @test()
-def dma_of_an_igb_through_two_kexecs(ctx):
+def dma_of_an_igb_through_two_kexecs(ctx, **kw):
     """The same with another device, whose descriptors are other ones."""
-    Run(ctx, device="igb", kexecs=2, options=FULL).nothing_lost(ctx, 2)
+    Run(ctx, device="igb", kexecs=2, options=FULL, **kw).nothing_lost(ctx, 2)
 
 
+@everywhere
 @test()
-def dma_of_an_nvme_through_two_kexecs(ctx):
+def dma_of_an_nvme_through_two_kexecs(ctx, **kw):
     """Reads complete in the blackout, on eight queues, whose eight vectors fire afterwards."""
-    Run(ctx, device="nvme", kexecs=2, options=FULL).all_read(ctx, 2)
+    Run(ctx, device="nvme", kexecs=2, options=FULL, **kw).all_read(ctx, 2)
 
 
 @test(part="dma")
 def both_functions_of_a_device_through_two_kexecs(ctx):
-    """Without an IOMMU they have nothing to do with each other but their slot and their port."""
+    """Without an IOMMU they have nothing to do with each other but their slot and their port.
+
+    Behind one they are a group, see vtd.py.
+    """
     Functions(ctx, mode="functions", kexecs=2, options=FULL).nothing_lost(ctx, 2)
 
 
+@everywhere
 @test()
-def every_vector_pending_in_the_blackout_fires(ctx):
+def every_vector_pending_in_the_blackout_fires(ctx, **kw):
     """Nothing is in flight but what completes in the blackout, on eight queues of an nvme."""
-    expect(pending(ctx) == (8, 0), "a message was sent in the blackout")
+    expect(pending(ctx, **kw) == (8, 0), "a message was sent in the blackout")
 
 
+@everywhere
 @test(part="dma")
-def every_vector_pending_fires_after_two_kexecs(ctx):
+def every_vector_pending_fires_after_two_kexecs(ctx, **kw):
     """Nobody claims the device in the kernel between: what became pending before it is not lost."""
-    expect(pending(ctx, "dma.unclaimed=1", kexecs=2) == (8, 0), "a message was sent in the blackout")
+    expect(pending(ctx, "dma.unclaimed=1", kexecs=2, **kw) == (8, 0), "a message was sent in the blackout")
 
 
 def messages(run, begin, end):
@@ -651,19 +658,22 @@ def control(ctx, **kw):
     ctx.figure("lost", f"{lost} of {of}")
 
 
+@everywhere
 @test()
-def control_packets_are_lost_if_only_memory_is_preserved(ctx):
-    control(ctx)
+def control_packets_are_lost_if_only_memory_is_preserved(ctx, **kw):
+    control(ctx, **kw)
 
 
+@everywhere
 @test(part="dma")
-def control_reads_are_lost_if_only_memory_is_preserved(ctx):
-    control(ctx, device="nvme")
+def control_reads_are_lost_if_only_memory_is_preserved(ctx, **kw):
+    control(ctx, device="nvme", **kw)
 
 
+@everywhere
 @test(part="dma", kernels=(("minimal", True, ""),))
-def control_packets_are_lost_on_the_unpatched_kernel(ctx):
-    control(ctx, kernel=ctx.kernel(unpatched=True))
+def control_packets_are_lost_on_the_unpatched_kernel(ctx, **kw):
+    control(ctx, kernel=ctx.kernel(unpatched=True), **kw)
 
 
 @test(part="dma")
@@ -671,11 +681,13 @@ def dma_through_twenty_kexecs(ctx):
     Run(ctx, kexecs=20, options=FULL, timeout=900).nothing_lost(ctx, 20)
 
 
+@everywhere
 @test(part="dma")
-def dma_of_an_igb_through_twenty_kexecs(ctx):
-    Run(ctx, device="igb", kexecs=20, options=FULL, timeout=900).nothing_lost(ctx, 20)
+def dma_of_an_igb_through_twenty_kexecs(ctx, **kw):
+    Run(ctx, device="igb", kexecs=20, options=FULL, timeout=900, **kw).nothing_lost(ctx, 20)
 
 
+@everywhere
 @test(part="dma")
-def dma_of_an_nvme_through_twenty_kexecs(ctx):
-    Run(ctx, device="nvme", kexecs=20, options=FULL, timeout=900).all_read(ctx, 20)
+def dma_of_an_nvme_through_twenty_kexecs(ctx, **kw):
+    Run(ctx, device="nvme", kexecs=20, options=FULL, timeout=900, **kw).all_read(ctx, 20)

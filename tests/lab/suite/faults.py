@@ -51,19 +51,21 @@ def show(ctx, run, found):
 PRESERVE = ("create-session", "preserve-memfd", "preserve-iommufd", "preserve-device")
 
 
+@everywhere
 @test()
-def every_allocation_of_preserving_fails_once(ctx):
+def every_allocation_of_preserving_fails_once(ctx, **kw):
     """Each ends in an error, after which DMA goes on and preserving can be tried again."""
-    run = Run(ctx, mode="faultspreserve", kexecs=0)
+    run = Run(ctx, mode="faultspreserve", kexecs=0, **kw)
     run.no_packet_lost()
     expect(run.lines("ok counts"), "pages were not counted")
     show(ctx, run, swept(run, PRESERVE))
 
 
+@everywhere
 @test(part="faults", kernels=KERNEL)
-def every_allocation_and_page_of_preserving_fails_once(ctx):
+def every_allocation_and_page_of_preserving_fails_once(ctx, **kw):
     """The same where pages fail, too; no leak."""
-    run = Run(ctx, mode="faultspreserve", kexecs=0, kernel=ctx.kernel("faults"))
+    run = Run(ctx, mode="faultspreserve", kexecs=0, kernel=ctx.kernel("faults"), **kw)
     run.no_packet_lost()
     expect(run.lines("ok counts") and run.lines("ok leaks"), "leaks were not looked for")
     show(ctx, run, swept(run, PRESERVE))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The list of part one, how a live update may end, in each mode of VT-d.
 
-The tests are those of dma.py (and faults.py) marked with @everywhere, on another machine.
+The tests are those of dma.py, faults.py and controls.py marked with @everywhere, on another machine.
+Both functions of a device, which are a group here, and twenty kexecs of an e1000e are in vtd.py.
 """
 
 from lablib.check import TESTS, test
-from . import faults            # pylint: disable=unused-import # for what it marks
+from . import controls, faults  # pylint: disable=unused-import # for what they mark
 from .dma import EVERYWHERE
 from .vtd import MODES
 
