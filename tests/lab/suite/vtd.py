@@ -279,38 +279,6 @@ def dma_and_interrupts_with_interrupt_remapping(ctx):
     expect(run.vm.console.find("Enabled IRQ remapping") is not None, "interrupts are not remapped")
 
 
-@test(part="vtd")
-def large_pages_are_carried_over(ctx):
-    run = Kexec(ctx, "legacy", 2, rate=3000)
-    run.judge(ctx, 2)
-    small, large = run.page_sizes()
-    # Two pages, the ring's and a buffer's, at the beginning and after each invalidation, of which
-    # a kexec has three or more; another one every 8,192 packets.
-    ctx.figure("looked up", f"{small} pages of 4 KiB, {large} of 2 MiB")
-    expect(large > 10 and not small, f"{small} translations of 4 KiB, {large} of 2 MiB")
-
-
-@test(part="vtd")
-def small_pages_and_100000_areas_are_carried_over(ctx):
-    """IOVAs that are not aligned as the huge pages are, and as many areas in the same IOAS."""
-    run = Kexec(ctx, "second-stage", 1, timeout=420,
-                options="dma.iova=0x100001000 dma.areas=100000")
-    run.judge(ctx, 1)
-    small, large = run.page_sizes()
-    expect(small > 10 and not large, f"{small} translations of 4 KiB, {large} of 2 MiB")
-    ms = re.search(r"iommufd ([\d.]+) ms", run.lines("preserved memfd")[0]).group(1)
-    ctx.figure("areas", f"100,000 mapped in {run.lines('mapped 100000')[0].split(' in ')[-1]}, "
-                        f"preserved in {ms} ms")
-
-
-@test(part="vtd")
-def two_hwpts_of_one_ioas_are_carried_over(ctx):
-    """Two devices, each with a HWPT of its own, one for PASIDs; snooping is enforced."""
-    run = Kexec(ctx, "vtd-snoop", 1, guest="pair", options="dma.irq=1")
-    run.judge(ctx, 1)
-    expect(len(run.lines("ok destroy the frozen HWPT")) == 2, "there were not two frozen HWPTs")
-
-
 class Group(Kexec, Functions):
     """Both functions are sent packets; without ACS, they are one IOMMU group."""
 
