@@ -10,8 +10,10 @@ IOMMU refused, are counted.
 
 import re
 
+from lablib import trace
 from lablib.check import expect, test
-from .dma import ENABLE, FAULT, REQUESTERS, SIBLING, Functions, Run, faults, quiesced, requester
+from .dma import (DEVICE as DEVICE_SLOT, ENABLE, FAULT, PORT, REQUESTERS, SIBLING, Functions, Run, faults,
+                  quiesced, requester)
 from .upstream import quiet
 
 MODES = {"legacy": "vtd-legacy", "second-stage": "vtd-scalable", "first-stage": "vtd-first-stage"}
@@ -205,6 +207,58 @@ def others_go_on_if_the_list_of_domains_is_damaged(ctx):
 @test(part="vtd")
 def others_go_on_if_no_record_of_a_device_can_be_read(ctx):
     others_go_on(ctx, "flags", "first-stage", "records of preserved devices are damaged: the flags")
+
+
+RESETS = ("e1000e_core_ctrl_sw_reset", "e1000e_cb_qdev_reset_hold")
+
+
+class Plain(Run):
+    """Two kexecs with DMA until each of them, and nothing preserved: the device is opened anew."""
+
+    def __init__(self, ctx, mode, kernel):
+        super().__init__(ctx, mode="plain", kexecs=2, machine=MODES[mode], kernel=kernel,
+                         options="dma.irq=1", trace=RESETS)
+
+    def judge(self):
+        """In each kernel packets come in, all of them, from when the device was opened."""
+        rows = [{k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", x)} for x in self.lines("RESULT ")]
+        expect(len(rows) == 3, f"not three kernels: {rows}")
+        bad = [x for x in rows if x["received"] < 500 or any(
+            x[k] for k in ("lost", "bad", "doubled", "incomplete"))]
+        expect(not bad, f"packets are missing in one of three kernels: {rows}")
+        expect(len(self.lines("ok filled memory")) == 2, "free memory was not looked at in both kernels")
+
+    def seen(self):
+        """How the device, its port, and the IOMMU were treated from each kexec until packets come in."""
+        spans = [(a.when + self.offset, b.when + self.offset)
+                 for a, b in zip(self.lines("KEXEC"), self.lines("READY")[1:])]
+        def within(when):
+            return any(a < when < b for a, b in spans)
+        return {
+            "configuration": [row[2:] for row in trace.config_writes(self.vm.dir / "trace.log")
+                              if row[2] in (DEVICE_SLOT, PORT) and within(row[0])],
+            "resets": [e.name for e in self.trace(set(RESETS)) if within(e.when)],
+            "switched": [e.text for e in self.trace({ENABLE}) if within(e.when)],
+        }
+
+
+def add_plain(mode):
+    @test(f"a-plain-kexec-is-as-on-the-unpatched-kernel-{mode}", part="vtd", kernels=(MINIMAL, UNPATCHED))
+    def plain(ctx):
+        """With translation on, and the device in use until the kexec: reset and opened anew, and no fault."""
+        new, old = (Plain(ctx, mode, ctx.kernel(unpatched=x)) for x in (False, True))
+        new.judge()
+        old.judge()
+        for what, now in new.seen().items():
+            before = old.seen()[what]
+            expect(now == before, f"{what}: {now}, on the unpatched kernel {before}")
+            expect(now, f"nothing was seen of {what}: the test cannot fail")
+        ctx.figure("faults", f"{faults(new)}, on the unpatched kernel {faults(old)}")
+        expect(faults(new) <= faults(old), f"{faults(new)} DMA requests refused, {faults(old)} before")
+
+
+for name in MODES:
+    add_plain(name)
 
 
 def stopped(ctx, mode):
