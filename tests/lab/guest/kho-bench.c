@@ -456,7 +456,15 @@ static int build_mixed(size_t len, uint64_t seed, char **out)
 	spit("/sys/kernel/mm/transparent_hugepage/hugepages-16kB/shmem_enabled", "advise");
 	make_gaps(n / 5);
 	fd = make_memfd("khobench", len, &p, 0);
+	munmap(p, len);
+	/* A large folio has to be aligned in the mapping, too. */
+	p = mmap(NULL, len + 4 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	p = mmap((char *)(((uintptr_t)p + 4 * PAGE - 1) & ~(4 * PAGE - 1)), len, PROT_READ | PROT_WRITE,
+		 MAP_SHARED | MAP_FIXED, fd, 0);
+	if (p == MAP_FAILED)
+		die("mmap memfd");
 	madvise(p, large * PAGE, MADV_HUGEPAGE);
+	madvise(p + large * PAGE, len - large * PAGE, MADV_NOHUGEPAGE);
 	for (size_t i = 0; i < n; i++)
 		fill_page(p + i * PAGE, seed, i);
 	*out = p;
@@ -541,6 +549,24 @@ static size_t count_node1(char *p, size_t n)
 	return found;
 }
 
+/* How many of @n pages are the first one of a folio of more than one. */
+static size_t count_large(const uint64_t *pfn, size_t n)
+{
+	int fd = open("/proc/kpageflags", O_RDONLY);
+	uint64_t flags;
+	size_t large = 0;
+
+	if (fd < 0)
+		die("kpageflags");
+	for (size_t i = 0; i < n; i++) {
+		if (pread(fd, &flags, sizeof(flags), pfn[i] * sizeof(flags)) != sizeof(flags))
+			die("read kpageflags");
+		large += flags >> 15 & 1;	/* KPF_COMPOUND_HEAD */
+	}
+	close(fd);
+	return large;
+}
+
 static void report_runs(char *p, size_t n)
 {
 	uint64_t *pfn = malloc(n * sizeof(*pfn));
@@ -560,8 +586,8 @@ static void report_runs(char *p, size_t n)
 		if (in_scratch(pfn[i] * PAGE))
 			scratched++;
 	}
-	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu huge=%zu node1=%zu", n, runs, scratched,
-	    absent, count_huge(pfn, n), count_node1(p, n));
+	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu huge=%zu node1=%zu large=%zu", n, runs, scratched,
+	    absent, count_huge(pfn, n), count_node1(p, n), count_large(pfn, n));
 	free(pfn);
 }
 

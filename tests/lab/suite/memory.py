@@ -38,6 +38,8 @@ def come_back(ctx, config, shapes=SHAPES, **kw) -> list:
             expect(int(got.old["in_scratch"]) == 0, f"{shape}: pages lie in scratch")
             expect(shape.pattern not in ("second", "mixed") or int(got.old["runs"]) > shape.mib * 90,
                    f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
+            expect(shape.pattern != "mixed" or int(got.old["large"]) > shape.mib * 40,
+                   f"{shape}: only {got.old['large']} large folios")
             expect(int(got.new["filled_mib"]) > 64, f"only {got.new['filled_mib']} MiB were filled")
             expect(got.new.get("zones_ok") == "1", "nobody looked whether pages went back to their zones")
             old, new = ({k: int(said[k]) for k in MAP} for said in (got.old, got.new))
