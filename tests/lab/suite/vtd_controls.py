@@ -39,19 +39,6 @@ def control_equal(ctx, mode):
     expect(gone > 100, f"only {gone} packets lost without the protection: the test cannot fail")
 
 
-def control_owner(ctx, mode):
-    """The kernel has a driver that would reset the device: it does not match, and cannot have the group."""
-    def lost(*options):
-        run = Run(ctx, mode="watch", options=" ".join(options), kernel=ctx.kernel("faults"),
-                  machine=MODES[mode])
-        return len(run.sent) - run.result()["received"]
-    match, owner = "pci_liveupdate.test_no_match=1", "iommu.test_no_owner=1"
-    kept, gone = (lost(), lost(match), lost(owner)), lost(match, owner)
-    ctx.figure("lost", f"{kept[0]} packets with both protections, {kept[1]} and {kept[2]} with one, {gone} without")
-    expect(kept == (0, 0, 0), f"{kept} packets lost")
-    expect(gone > 100, f"only {gone} packets lost without the protections: the test cannot fail")
-
-
 def control_reset(ctx, mode):
     """A device that was quiesced, and a driver of the kernel's; others' domain maps all to itself."""
     def written(options=""):
@@ -84,12 +71,6 @@ def add(mode):
     def equal(ctx):
         control_equal(ctx, mode)
     equal.__doc__ = control_equal.__doc__
-
-    @test(f"control-packets-are-lost-without-the-match-and-the-owner-{mode}", part=part,
-          kernels=(("faults", False, ""),))
-    def owner(ctx):
-        control_owner(ctx, mode)
-    owner.__doc__ = control_owner.__doc__
 
     @test(f"control-memory-is-damaged-without-the-reset-{mode}", part=part,
           kernels=(("faults", False, ""),))
