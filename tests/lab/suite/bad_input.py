@@ -134,11 +134,11 @@ def a_mirror_that_is_a_list_and_qemu_without_its_tools(ctx):
     """The list is read by the lab and by setup, which installs qemu-img for a QEMU that is there already."""
     with Scratch() as s:
         mirrors = s.dir / "debian.list"
-        mirrors.write_text("# nearest first\nhttp://deb.debian.org/debian priority:1\nhttp://other.debian.org/debian\n")
+        mirrors.write_text("# nearest first\nhttp://mirror.example/debian priority:1\nhttp://other.example/debian\n")
         env = {"PATH": s.programs(apt_get=APT_GET, dpkg_query=DPKG_QUERY, sudo='exec "$@"'),
                "LIST": str(mirrors), "ASKED": str(s.dir / "asked")}
         r = s.python(MIRROR, **env)
-        expect(r.stdout == "http://deb.debian.org/debian\n", f"the mirror is {r.stdout}{r.stderr}")
+        expect(r.stdout == "http://mirror.example/debian\n", f"the mirror is {r.stdout}{r.stderr}")
         for qemu, word in (("1:7.2+dfsg-7", "install .*bookworm-backports qemu-system-x86 qemu-utils"),
                            ("1:10.0.2+ds-1", "install --no-install-recommends qemu-utils$")):
             r = subprocess.run([str(s.project / "tests/lab/setup")], capture_output=True, text=True, check=False,
@@ -146,7 +146,7 @@ def a_mirror_that_is_a_list_and_qemu_without_its_tools(ctx):
             asked = (s.dir / "asked").read_text()
             expect(r.returncode == 0 and re.search(word, asked, re.M), f"{r.stderr}{asked}")
         sources = (s.cache / "apt-backports/sources.list").read_text()
-        expect(sources.count(" http://deb.debian.org/debian bookworm") == 3, f"setup reads from {sources}")
+        expect(sources.count(" http://mirror.example/debian bookworm") == 3, f"setup reads from {sources}")
 
 
 TOGETHER = """
@@ -160,7 +160,7 @@ def run(cmd, **kw):
     time.sleep(0.3)
     at.pop()
     return ""
-apt.run, apt.mirror = run, lambda: "http://deb.debian.org/debian"
+apt.run, apt.mirror = run, lambda: "http://mirror.example/debian"
 verbs = [threading.Thread(target=apt.Apt().update) for _ in range(2)]
 [v.start() for v in verbs]
 [v.join() for v in verbs]
