@@ -421,7 +421,6 @@ int kho_client_event(struct kho_client *client, int timeout_msec, struct kho_eve
 	return 0;
 }
 
-/* A request that is answered by Done, or refused. */
 /* What takes no descriptors, and whose reply says no more than that it is of kind @want. */
 static int ask(struct kho_client *client, Kho__Control__Request *q,
 	       Kho__Control__Reply__BodyCase want, struct kho_error **err)
@@ -436,6 +435,7 @@ static int ask(struct kho_client *client, Kho__Control__Request *q,
 	return recv_reply(client, want, &a, NULL, NULL, err);
 }
 
+/* A request that is answered by Done, or refused. */
 static int ask_done(struct kho_client *client, Kho__Control__Request *q, struct kho_error **err)
 {
 	return ask(client, q, KHO__CONTROL__REPLY__BODY_DONE, err);

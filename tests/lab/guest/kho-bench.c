@@ -561,7 +561,7 @@ static size_t count_large(const uint64_t *pfn, size_t n)
 	for (size_t i = 0; i < n; i++) {
 		if (pread(fd, &flags, sizeof(flags), pfn[i] * sizeof(flags)) != sizeof(flags))
 			die("read kpageflags");
-		large += flags >> 15 & 1;	/* KPF_COMPOUND_HEAD */
+		large += flags >> KPF_COMPOUND_HEAD & 1;
 	}
 	close(fd);
 	return large;

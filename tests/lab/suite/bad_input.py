@@ -54,7 +54,6 @@ class Scratch:
         left = [p.name for p in self.cache.rglob("*.new")]
         expect(not left, f"left half done: {left}")
 
-
     def python(self, code, prefix=(), **env):
         """@code with the lab's modules, which are in the folder that is its argument."""
         return subprocess.run([*prefix, sys.executable, "-B", "-c", code, str(self.project / "tests/lab")],

@@ -51,23 +51,28 @@ def control_memory_is_damaged_without_must_equal(ctx):
     control_bytes(ctx, "unequal", "iommufd.test_no_equal=1")
 
 
-@test(part="dma", kernels=(("faults", False, ""),))
-def control_packets_are_lost_without_the_driver_match(ctx):
-    """The kernel has a driver for the device, which resets it."""
+def control_packets(ctx, mode, parameter, **kw):
+    """With the protection no packet is lost, without it many are."""
     def lost(options):
-        run = Run(ctx, mode="watch", options=options, kernel=ctx.kernel("faults"))
+        run = Run(ctx, mode=mode, options=options, **kw)
         return len(run.sent) - run.result()["received"]
-    kept, gone = lost(""), lost("pci_liveupdate.test_no_match=1")
+    kept, gone = lost(""), lost(parameter)
     ctx.figure("lost", f"{kept} packets with, {gone} without the protection")
     expect(not kept, f"{kept} packets lost")
     expect(gone > 100, f"only {gone} packets lost without the protection: the test cannot fail")
 
 
 @test(part="dma", kernels=(("faults", False, ""),))
-def control_memory_is_damaged_without_the_reset(ctx):
+def control_packets_are_lost_without_the_driver_match(ctx):
+    """The kernel has a driver for the device, which resets it."""
+    control_packets(ctx, "watch", "pci_liveupdate.test_no_match=1", kernel=ctx.kernel("faults"))
+
+
+def control_reset(ctx, options="", **kw):
     """The device was quiesced; the kernel's own driver turns bus mastering on, and resets it then."""
-    def written(options):
-        run = Run(ctx, mode="otherdriver", options=options, kernel=ctx.kernel("faults"), judge=False)
+    def written(parameter):
+        run = Run(ctx, mode="otherdriver", options=f"{options} {parameter}", kernel=ctx.kernel("faults"),
+                  judge=False, **kw)
         expect(run.lines("driver e1000e$"), f"the driver was not bound; see {run.vm.dir}")
         at = run.lines("QUIESCED")[0].when + run.offset
         return run.dma(at, float("inf")), filled(run)
@@ -75,6 +80,12 @@ def control_memory_is_damaged_without_the_reset(ctx):
     ctx.figure("written", "%d packets, %d bytes changed with; %d, %d without the protection" % (*kept, *gone))
     expect(kept == (0, 0), f"packets written, bytes of others changed: {kept}")
     expect(min(gone) > 10, f"only {gone} without the protection: the test cannot fail")
+
+
+@test(part="dma", kernels=(("faults", False, ""),))
+def control_memory_is_damaged_without_the_reset(ctx):
+    """By a driver of the kernel's, as control_reset() says."""
+    control_reset(ctx)
 
 
 @everywhere

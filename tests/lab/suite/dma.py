@@ -222,9 +222,10 @@ class Run:
         """What holds for every kind of device; the counts of each blackout."""
         spans = self.blackouts()
         expect(len(spans) == kexecs, f"{len(spans)} kexecs, not {kexecs}")
-        expect(not self.config_writes(), f"forbidden: {self.config_writes()[:5]}")
-        expect(not self.strays(), f"DMA outside of the memory: {self.strays()[:5]}")
-        expect(not faults(self), f"{faults(self)} DMA requests of the device refused")
+        writes, strays, refused = self.config_writes(), self.strays(), faults(self)
+        expect(not writes, f"forbidden: {writes[:5]}")
+        expect(not strays, f"DMA outside of the memory: {strays[:5]}")
+        expect(not refused, f"{refused} DMA requests of the device refused")
         expect(not any(a < e.when < b for e in self.trace({ENABLE}) for a, b in spans),
                "the IOMMU was switched in a blackout")
         return [self.dma(*s) for s in spans], [b - a for a, b in spans]

@@ -404,6 +404,14 @@ def counted(vm, path, sent):
         time.sleep(0.5)
 
 
+def all_seen(vm, path, sent, name="nic"):
+    """What a driver has counted: all that was sent, each once, and nothing else."""
+    got = counted(vm, path, sent)
+    expect(got["seen"] == sent and not (got["lost"] or got["duplicates"] or got["foreign"]),
+           f"{name}: {sent} packets sent, {got}")
+    return got
+
+
 def refused_in_one_failure_domain(vm):
     """What 'pair' has cannot be part of a second workload, be it of the same user: named, one by one."""
     for kind, name in (("memfd", "memory"), ("iommufd", "iommufd"), ("vfio", "device")):
@@ -458,9 +466,7 @@ def several_workloads_of_different_users(ctx):
         total = 0
         for name, path, n in (("nic", nic.STATUS, sent[0]), ("pair", "/run/lab-pair/status", sent[1] + sent[2]),
                               ("idle", "/run/lab-idle/status", sent[3])):
-            got = counted(vm, path, n)
-            expect(got["seen"] == n and not (got["lost"] or got["duplicates"] or got["foreign"]),
-                   f"{name}: {n} packets sent, {got}")
+            all_seen(vm, path, n, name)
             total += n
         dma = nic.dma_times(vm)
         expect(len(dma) == total, f"{total} packets sent, {len(dma)} written by DMA")
@@ -491,15 +497,18 @@ def a_workload_with_a_whole_iommu_group(ctx):
         sent = [len(s.stop()) for s in senders]
         for name, path, n in (("nic", nic.STATUS, sent[0]),
                               ("group", "/run/lab-group/status", sent[1] + sent[2])):
-            got = counted(vm, path, n)
-            expect(got["seen"] == n and not (got["lost"] or got["duplicates"] or got["foreign"]),
-                   f"{name}: {n} packets sent, {got}")
+            all_seen(vm, path, n, name)
         ctx.figure("packets", f"{sum(sent)} sent to 3 devices, all seen")
 
 
 LEASE = ("d=/etc/systemd/system/lab-nic.service.d; mkdir -p $d; printf '[Service]\\nExecStart=\\n"
          "ExecStart=/usr/lib/khod/tests/nic --lease --status /run/lab-nic.status\\n' > $d/lease.conf; sync; "
          "systemctl daemon-reload; systemctl stop lab-nic; khoctl release --of root nic; systemctl start lab-nic")
+
+
+def wait_leased(vm, seconds):
+    vm.run(f"for i in $(seq {10 * seconds}); do khoctl list | grep -q 'nic *leased' && exit 0; sleep 0.1; done; "
+           "exit 1")
 
 
 @test(part="nic", kernels=A_AND_B)
@@ -524,7 +533,7 @@ def packets_land_with_a_lease(ctx):
         extra(2)
         vm.run("systemctl kill -s KILL khod")
         extra(2)
-        vm.run("for i in $(seq 100); do khoctl list | grep -q 'nic *leased' && exit 0; sleep 0.1; done; exit 1")
+        wait_leased(vm, 10)
         mapped = nic.status(vm)["extra"]
         c = nic.over_kexec(vm, ctx.kernel(release="-b"))
         figures(ctx, c)
@@ -535,7 +544,6 @@ def packets_land_with_a_lease(ctx):
 @test(part="nic", kernels=A_AND_B)
 def packets_land_while_khod_is_killed_with_a_lease(ctx):
     """At each step of preserving a device, of a handover, and of its undoing; then it is carried."""
-    leased = "for i in $(seq 300); do khoctl list | grep -q 'nic *leased' && exit 0; sleep 0.2; done; exit 1"
     with booted(ctx) as vm:
         khod = Khod(vm.ready())
         nic.wait_running(vm)
@@ -546,17 +554,16 @@ def packets_land_while_khod_is_killed_with_a_lease(ctx):
         for point in points:
             khod.settled()      # or that start, which knows nothing of the point, is taken for the one to come
             khod.arm([point])
-            vm.run(leased, 90)
+            wait_leased(vm, 60)
             vm.run("khoctl preserve && khoctl abort", 90, check=False)
         killed_at(ctx, khod, since, points)
-        vm.run(leased, 90)
+        wait_leased(vm, 60)
         vm.kexec(ctx.kernel(release="-b"))
         khod.settled()
         nic.wait_running(vm, 180)
         sent = len(sender.stop())
-        got, dma = counted(vm, nic.STATUS, sent), nic.dma_times(vm)
-        expect(got["seen"] == sent == len(dma) and not (got["lost"] or got["duplicates"] or got["foreign"]),
-               f"{sent} packets sent, {len(dma)} written by DMA, {got}")
+        got, dma = all_seen(vm, nic.STATUS, sent), nic.dma_times(vm)
+        expect(len(dma) == sent, f"{sent} packets sent, {len(dma)} written by DMA")
         ctx.figure("packets", f"{sent} sent, {len(dma)} by DMA, {got['seen']} seen")
 
 
@@ -588,9 +595,7 @@ def handovers(ctx, count):
             dark.append(nic.spans(vm, start)[0])
             filled.append(under_pressure(vm, since))
         sent = len(sender.stop())
-        got, dma = counted(vm, nic.STATUS, sent), nic.dma_times(vm)
-        expect(got["seen"] == sent and not (got["lost"] or got["duplicates"] or got["foreign"]),
-               f"{sent} packets sent, {got}")
+        got, dma = all_seen(vm, nic.STATUS, sent), nic.dma_times(vm)
         expect(len(dma) == sent, f"{sent} packets sent, {len(dma)} written by DMA")
         landed = [sum(a <= t < b for t in dma) for a, b in dark]
         expect(all(landed), f"no DMA in a blackout: {landed}")

@@ -23,6 +23,11 @@ MINIMAL, UNPATCHED = ("minimal", False, ""), ("minimal", True, "")
 DEVICE = REQUESTERS[0]
 
 
+def says(run, text):
+    """Any of it, and little: the console loses a character now and then."""
+    expect(any(re.search(text, x) for x in run.vm.console.lines), f"the kernel does not say '{text}'")
+
+
 class Replaces:
     """A run of @count replaces in @mode, more if they take less than a second, and what came of it."""
 
@@ -157,9 +162,7 @@ def the_mode_of_the_unit_is_kept(ctx):
                     options=f"intel_iommu={first} dma.next=intel_iommu={then}")
         run.judge(ctx, 1)
         mode = "legacy" if first == "sm_off" else "scalable"
-        # The console loses a character now and then.
-        expect(any(f"going on in {mode[:2]}" in x for x in run.vm.console.lines),
-               f"the next kernel does not say that it goes on in {mode} mode")
+        says(run, f"going on in {mode[:2]}")
 
 
 @test(part="vtd")
@@ -182,8 +185,7 @@ OTHER = ("-global", "virtio-rng-pci.iommu_platform=on", "-global", "virtio-rng-p
 def others_go_on(ctx, damage, mode, text):
     """The device is stopped before the IOMMU driver starts; other devices are translated."""
     run = quiesced(ctx, damage, machine=MODES[mode], arguments=OTHER)
-    # Any of them: the console loses a character now and then.
-    expect(any(re.search(text, x) for x in run.vm.console.lines), f"the kernel does not say '{text}'")
+    says(run, text)
 
 
 LOST = "a bridge above was not taken over|was preserved and is lost|01:00.0: liveupdate: quiesced"
@@ -451,9 +453,7 @@ def devices_with_ats_parts_of_groups_and_aliases_are_refused(ctx):
     run.no_packet_lost()
     for text in ("03:00.1: liveupdate: is not attached as the devices of its IOMMU group",
                  "05:01.0: .*its DMA has the requester id of another device"):
-        # Any word of it: the console loses a character now and then.
-        expect(any(re.search(text, x) for x in run.vm.console.lines),
-               f"the kernel does not say '{text}'")
+        says(run, text)
 
 
 def crash(ctx, mode, kexecs):

@@ -5,8 +5,8 @@ Those that say the same with an IOMMU and without are in controls.py.
 """
 
 from lablib.check import expect, test
-from .controls import filled, going_on
-from .dma import Run, faults
+from .controls import control_packets, control_reset, filled, going_on
+from .dma import faults
 from .vtd import MODES, stopped_instead
 
 # IOVAs that are physical addresses of memory as well, free in all kernels
@@ -28,31 +28,6 @@ def control_iovas(ctx, mode):
     expect(not lost[1], f"{lost[1]} DMA requests refused: the damage is not a silent one")
 
 
-def control_equal(ctx, mode):
-    """A HWPT that leads elsewhere: refused, or the device has no descriptors any more."""
-    def lost(options=""):
-        run = Run(ctx, mode="unequal", options=options, machine=MODES[mode])
-        return len(run.sent) - run.result()["received"]
-    kept, gone = lost(), lost("iommufd.test_no_equal=1")
-    ctx.figure("lost", f"{kept} packets with, {gone} without the protection")
-    expect(not kept, f"{kept} packets lost")
-    expect(gone > 100, f"only {gone} packets lost without the protection: the test cannot fail")
-
-
-def control_reset(ctx, mode):
-    """A device that was quiesced, and a driver of the kernel's; others' domain maps all to itself."""
-    def written(options=""):
-        run = Run(ctx, mode="otherdriver", options=f"iommu=pt {AT} {options}", machine=MODES[mode],
-                  kernel=ctx.kernel("faults"), judge=False)
-        expect(run.lines("driver e1000e$"), f"the driver was not bound; see {run.vm.dir}")
-        at = run.lines("QUIESCED")[0].when + run.offset
-        return run.dma(at, float("inf")), filled(run)
-    kept, gone = written(), written("pci_liveupdate.test_no_reset=1")
-    ctx.figure("written", "%d packets, %d bytes changed with; %d, %d without the protection" % (*kept, *gone))
-    expect(kept == (0, 0), f"packets written, bytes of others changed: {kept}")
-    expect(min(gone) > 10, f"only {gone} without the protection: the test cannot fail")
-
-
 def add(mode):
     part = f"vtd-list-{mode}"
 
@@ -69,14 +44,14 @@ def add(mode):
 
     @test(f"control-packets-are-lost-without-must-equal-{mode}", part=part)
     def equal(ctx):
-        control_equal(ctx, mode)
-    equal.__doc__ = control_equal.__doc__
+        """A HWPT that leads elsewhere: refused, or the device has no descriptors any more."""
+        control_packets(ctx, "unequal", "iommufd.test_no_equal=1", machine=MODES[mode])
 
     @test(f"control-memory-is-damaged-without-the-reset-{mode}", part=part,
           kernels=(("faults", False, ""),))
     def reset(ctx):
-        control_reset(ctx, mode)
-    reset.__doc__ = control_reset.__doc__
+        """By a driver of the kernel's; the domain that it gets maps all of memory to itself."""
+        control_reset(ctx, f"iommu=pt {AT}", machine=MODES[mode])
 
 
 for name in MODES:

@@ -5,11 +5,9 @@ The device must not reach any memory from then on, and is stopped. Translation i
 device's IOVAs would be taken for physical addresses.
 """
 
-import re
-
 from lablib.check import expect, test
 from .dma import ENABLE, Run, faults, quiesced
-from .vtd import MODES, OTHER
+from .vtd import MODES, OTHER, says
 
 ROOT = "vtd_reg_dmar_root"      # another root table, and whether it is a scalable one
 
@@ -26,11 +24,6 @@ UNIT = {
 STEPS = {
     "vtd-root": "No memory for a root table",
 }
-
-
-def says(run, text):
-    """Any of it: the console loses a character now and then."""
-    expect(any(re.search(text, x) for x in run.vm.console.lines), f"the kernel does not say '{text}'")
 
 
 def always_on(run):

@@ -322,7 +322,7 @@ int fail_in(const char *function, int (*op)(void));
 void set_deadline(uint32_t ms);
 void failing_reboot(const char *why, int error);
 uint32_t refusal(void);
-bool dma_goes_on(void);
+void dma_goes_on(void);
 void __attribute__((noreturn)) deadline_next(int stage);
 void __attribute__((noreturn)) quiesced(void);
 
