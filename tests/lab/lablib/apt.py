@@ -8,6 +8,7 @@ may sit behind a mirror that is no longer updated.
 """
 
 import functools
+import re
 import shutil
 from pathlib import Path
 from urllib.parse import urlparse
@@ -92,6 +93,9 @@ class Apt:
             run(["apt-get", *self.options(), "-q", "update", "-o", "APT::Update::Error-Mode=any"],
                 what="reading Debian's package lists")
         except LabError as e:
+            if re.search("is not signed|Hash Sum mismatch", str(e)):
+                raise LabError(f"Debian's mirror {uri} is refused: what it has is not what was signed with a key of "
+                               f"{KEYRING} ({e}); try again later, or use another mirror") from e
             raise LabError(f"no network: Debian's mirror {uri} could not be read ({e}); "
                            "check the connection, or put the packages into the cache "
                            f"{cache_dir()} from another machine") from e
