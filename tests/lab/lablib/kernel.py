@@ -93,8 +93,9 @@ def fetch() -> Path:
     if want not in have:
         say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the "
             f"mirror; taking {have[0]}")
-        want = have[0]
-        instead().write_text(want + "\n")
+        deb = apt.download(PACKAGE, have[0], store)
+        instead().write_text(have[0] + "\n")
+        return deb
     return apt.download(PACKAGE, want, store)
 
 
