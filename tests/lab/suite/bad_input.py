@@ -86,36 +86,6 @@ def no_network(ctx):
                f"no closing line: {r.stdout}{r.stderr}")
 
 
-GONE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from lablib import kernel
-class Apt:
-    suites = ("sid",)
-    def update(self): pass
-    def versions(self, package): return ["7.3.99-1", "7.3.98-1"]
-    def download(self, package, version, into):
-        deb = into / f"{package}_{version}_all.deb"
-        deb.touch()
-        return deb
-kernel.Apt = Apt
-print(kernel.fetch().name)
-kernel.Apt = None
-print(kernel.fetch().name, kernel.source_version())
-"""
-
-
-@test(kernels=(), image=False)
-def a_source_that_is_gone_from_the_mirror(ctx):
-    """The newest is taken, with a warning, and kept: the mirror is not asked again."""
-    with Scratch() as s:
-        (s.project / "kernel-patches/BASE").write_text(f"{kernel.PACKAGE} 7.3.0-0\n")
-        r = s.python(GONE)
-        name = f"{kernel.PACKAGE}_7.3.99-1_all.deb"
-        expect(r.stdout.split() == [name, name, "7.3.99-1"], f"{r.stdout}{r.stderr}")
-        expect(r.stderr.count("WARNING") == 1 and "7.3.0-0" in r.stderr, f"no warning: {r.stderr}")
-
-
 # Debian's cloud images have their mirrors in a file, which apt names with a slash at the end.
 APT_GET = """echo "$*" >> "$ASKED"
 [ "$1" = indextargets ] && echo "$3" | sed "s,\\$(REPO_URI),mirror+file:$LIST/,; s,\\$([A-Z_]*),,g"
