@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import disk
-from .common import LabError, cache_dir, last_lines, need_space, run, say
-from .emulator import emulator
+from .common import LabError, cache_dir, digest, last_lines, need_space, run, say
+from .emulator import Emulator, emulator
 from .profiles import device_args, profile
 
-AGENT_TIMEOUT = 180
+AGENT_TIMEOUT, PROBE_TIMEOUT = 180, 20
 BOOTED = re.compile(r"Linux version (\S+)")
 LIVE = set()        # guests whose QEMU runs
 PROBING = threading.Lock()
@@ -101,22 +101,22 @@ class Log:
                 self.cond.wait(0.2)
 
 
-def accelerator(kernel: Path) -> str:
-    """KVM if a guest really starts with it, else TCG; found once a boot of the host."""
+def accelerator(kernel: Path, qemu: Emulator) -> str:
+    """KVM if a guest of @qemu really starts with it, else TCG; found once a boot of the host."""
     forced = os.environ.get("KHO_LAB_ACCEL")
     if forced:
         return forced
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    stamp = cache_dir() / f"accel-{boot}"
+    stamp = cache_dir() / f"accel-{boot}-{digest(qemu.program)[:8]}"
     with PROBING:
         if not stamp.exists():
             new = stamp.with_name(f"{stamp.name}.{os.getpid()}")
-            new.write_text("kvm" if kvm_works(kernel) else "tcg")
+            new.write_text("kvm" if kvm_works(kernel, qemu) else "tcg")
             new.rename(stamp)
     return stamp.read_text()
 
 
-def kvm_works(kernel: Path) -> bool:
+def kvm_works(kernel: Path, qemu: Emulator) -> bool:
     """Whether @kernel boots under KVM until it looks for its root file system.
 
     A smaller probe is not enough: there are hosts whose KVM runs a boot sector
@@ -124,13 +124,13 @@ def kvm_works(kernel: Path) -> bool:
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
-    cmd = ["qemu-system-x86_64", "-accel", "kvm", "-machine", "q35", "-cpu", "host", "-m", "512",
+    cmd = [qemu.program, "-accel", "kvm", "-machine", "q35", "-cpu", "host", "-m", "512",
            "-display", "none", "-nodefaults", "-no-reboot", "-serial", "stdio", "-kernel",
            str(kernel / "bzImage"), "-append", "console=ttyS0 panic=-1 root=/dev/none"]
     try:
-        r = subprocess.run(cmd, timeout=20, capture_output=True, check=False,
-                           stdin=subprocess.DEVNULL)
-    except (subprocess.TimeoutExpired, FileNotFoundError):
+        r = subprocess.run(cmd, timeout=PROBE_TIMEOUT, capture_output=True, check=False,
+                           stdin=subprocess.DEVNULL, env={**os.environ, **qemu.env})
+    except (subprocess.TimeoutExpired, OSError):
         return False
     return b"Unable to mount root fs" in r.stdout
 
@@ -180,7 +180,7 @@ class VM:
         self.cpu_threads = []
         self.boots = 0
         self.mark = 0               # line of the console at which the current boot began
-        self.accel = "tcg" if icount else accelerator(self.kernel)
+        self.accel = "tcg" if icount else accelerator(self.kernel, self.emulator)
         if icount:
             self.arguments += ["-icount", "shift=0"]
         self._sockdir = tempfile.mkdtemp(prefix="lab-")     # short: a socket's path has 107 bytes
