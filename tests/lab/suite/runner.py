@@ -18,9 +18,9 @@ def run(name, fn, part=""):
 """
 
 
-def passes(s, code, **env):
+def passes(s, code, prefix=(), **env):
     """Run @code on the lab's modules; what it prints."""
-    r = s.python(LAB + code, **env)
+    r = s.python(LAB + code, prefix, **env)
     expect(r.returncode == 0, r.stdout + r.stderr)
     return r.stdout
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab on its host: when guests get KVM, and two runs of the lab side by side."""
+
+from lablib.check import expect, test
+from suite.bad_input import Scratch, in_namespace
+from suite.runner import passes
+
+QEMUS = {"works": 'case "$*" in *"-accel kvm"*) echo "VFS: Unable to mount root fs" ;; esac',
+         "ends": 'echo "failed to initialize kvm" >&2; exit 1',
+         "dies": 'echo "Linux version 7.3"; kill -9 $$',
+         "hangs": 'echo "Linux version 7.3"; exec sleep 30'}
+PROBE = """
+import os, time
+from lablib.emulator import emulator
+qemu.PROBE_TIMEOUT = 3
+start = time.monotonic()
+for program in sorted(Path(os.environ["QEMUS"]).iterdir()):
+    os.environ["KHO_QEMU"] = str(program)
+    print(program.name, *(qemu.accelerator(Path("kernel"), emulator()) for _ in range(2)))
+expect(time.monotonic() - start < 20, "a QEMU that hangs is waited for")
+"""
+
+
+@test(kernels=(), image=False)
+def kvm_is_used_if_a_guest_starts_with_it(ctx):
+    """With the QEMU that it is to have; none is tried twice, or without /dev/kvm, or waited for if it hangs."""
+    with Scratch() as s:
+        s.programs(**{name: f'echo {name} >>"$ASKED"\n{text}' for name, text in QEMUS.items()})
+        asked, dev = s.dir / "asked", s.dir / "dev"
+        dev.mkdir()
+        mount = f'mount --bind /dev/null {dev}/null && mount --rbind {dev} /dev && exec "$@"'
+        for node, works, tried in (("null", "tcg", ""), ("kvm", "kvm", "dies\nends\nhangs\nworks\n")):
+            (dev / node).touch()
+            asked.write_text("")
+            got = passes(s, PROBE, [*in_namespace("--mount"), "sh", "-c", mount, "sh"], ASKED=str(asked),
+                         QEMUS=str(s.dir / "bin"), KHO_CACHE=str(s.dir / node))
+            expect(got == f"dies tcg tcg\nends tcg tcg\nhangs tcg tcg\nworks {works} {works}\n", got)
+            expect(asked.read_text() == tried, f"QEMUs that were tried: {asked.read_text()}")
+
+
+SIDE_BY_SIDE = """
+import os, re
+qemu.KEEP = 1
+def guest():
+    return qemu.VM(Path("kernel"), "image", name="same", devices=["e1000e", "nvme"])
+def places(vm):
+    return {str(vm.dir), vm._sockdir}
+def only_its_own(vm):
+    args = vm.args([3], [4, 5])
+    paths = [w for w in re.split("[ ,=]|unix:", " ".join(args[1:])) if w.startswith("/") and w != "/dev/vda"]
+    own = [p for p in paths if p.startswith(tuple(f"{place}/" for place in places(vm)))]
+    expect(paths == own and len(own) > 5, f"not a guest's own: {set(paths) - set(own)}")
+    expect(not re.search(r"tcp|udp|inet|vnc|hostfwd|user,", " ".join(args)), f"a port of the host: {args}")
+first = guest()
+only_its_own(first)
+run_two = os.fork()
+if not run_two:
+    qemu.started().clear()      # they are of the other run
+    others = [guest() for _ in range(3)]
+    only_its_own(others[0])
+    expect(len(set.union(places(first), *map(places, others))) == 8, "two guests share a folder")
+    for vm in others:
+        vm.stop()
+    qemu.runs_ended(False)
+    guest().stop()
+    expect(not others[0].dir.exists(), "no old logs were removed")
+    os._exit(0)
+expect(os.waitpid(run_two, 0)[1] == 0, "see above")
+expect(all(Path(p).exists() for p in places(first)), "the other run removed what this one uses")
+first.stop()
+"""
+
+
+@test(kernels=(), image=False)
+def two_runs_side_by_side(ctx):
+    """Guests of one name have folders and sockets of their own, no port; old logs go, not the other run's."""
+    with Scratch() as s:
+        passes(s, SIDE_BY_SIDE, KHO_LAB_ACCEL="tcg")
