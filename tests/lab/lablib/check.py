@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import kernel
-from .common import LAB, PROJECT, LabError, cache_dir, changes, clone_dir, lock, run, say
+from .common import LAB, PROJECT, LabError, cache_dir, changes, clone_dir, lock, note, run, say
 from .images import full_image
 from .qemu import VM, runs_ended
 from .rootfs import GIT, check_privileges
@@ -273,9 +273,7 @@ def passed_parts(more=None) -> dict:
     with lock(cache_dir() / "check-long.lock", "writing down what has passed"):
         known = {**(json.loads(path.read_text()) if path.exists() else {}), **(more or {})}
         if more:
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(known))
-            new.rename(path)
+            note(path, json.dumps(known))
     return known
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -141,6 +142,13 @@ def if_unlocked(path: Path):
             yield False
         else:
             yield True
+
+
+def note(path: Path, text: str) -> None:
+    """Write a file of which another run never reads a part, nor this one after it was killed."""
+    new = path.with_name(f"{path.name}.{threading.get_native_id()}")
+    new.write_text(text)
+    new.rename(path)
 
 
 @contextlib.contextmanager

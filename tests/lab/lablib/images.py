@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from . import kernel, rootfs
-from .common import cache_dir, digest
+from .common import cache_dir, digest, note
 
 
 def full_image() -> Path:
@@ -27,5 +27,5 @@ def selftests() -> Path:
     with kernel.tree_lock():
         kernel.prepare()
         folder = rootfs.selftests(kernel.tree())
-    known.write_text(folder.name)
+    note(known, folder.name)
     return folder

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .apt import Apt
 from .common import (LAB, PROJECT, LabError, building, cache_dir, changes, digest, if_unlocked,
-                     last_lines, lock, need_program, need_space, run, say, step)
+                     last_lines, lock, need_program, need_space, note, run, say, step)
 
 PACKAGE = "linux-source-7.3"
 PATCHES = PROJECT / "kernel-patches"
@@ -94,7 +94,7 @@ def fetch() -> Path:
         say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the "
             f"mirror; taking {have[0]}")
         deb = apt.download(PACKAGE, have[0], store)
-        instead().write_text(have[0] + "\n")
+        note(instead(), have[0] + "\n")
         return deb
     return apt.download(PACKAGE, want, store)
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import disk
-from .common import LabError, cache_dir, digest, last_lines, need_space, run, say
+from .common import LabError, cache_dir, digest, last_lines, need_space, note, run, say
 from .emulator import Emulator, emulator
 from .profiles import device_args, profile
 
@@ -110,9 +110,7 @@ def accelerator(kernel: Path, qemu: Emulator) -> str:
     stamp = cache_dir() / f"accel-{boot}-{digest(qemu.program)[:8]}"
     with PROBING:
         if not stamp.exists():
-            new = stamp.with_name(f"{stamp.name}.{os.getpid()}")
-            new.write_text("kvm" if kvm_works(kernel, qemu) else "tcg")
-            new.rename(stamp)
+            note(stamp, "kvm" if kvm_works(kernel, qemu) else "tcg")
     return stamp.read_text()
 
 

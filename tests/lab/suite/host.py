@@ -76,3 +76,28 @@ def two_runs_side_by_side(ctx):
     """Guests of one name have folders and sockets of their own, no port; old logs go, not the other run's."""
     with Scratch() as s:
         passes(s, SIDE_BY_SIDE, KHO_LAB_ACCEL="tcg")
+
+
+NOTES = """
+from concurrent.futures import ThreadPoolExecutor
+from lablib.common import cache_dir, note
+path, text = cache_dir() / "note", "x" * 10000
+note(path, text)
+def write():
+    for _ in range(300):
+        note(path, text)
+with ThreadPoolExecutor() as pool:
+    runs = [pool.submit(write) for _ in range(2)]
+    while not all(r.done() for r in runs):
+        expect(path.read_text() == text, "a part was read")
+    for r in runs:
+        r.result()
+expect([p.name for p in cache_dir().iterdir()] == ["note"], "something is left beside it")
+"""
+
+
+@test(kernels=(), image=False)
+def what_one_run_notes_another_reads_whole(ctx):
+    """And two may note the same at the same time."""
+    with Scratch() as s:
+        passes(s, NOTES)
