@@ -100,7 +100,7 @@ def fetch() -> Path:
 
 
 def git(*args, cwd=None, **kw) -> str:
-    return run([*GIT, *args], cwd=cwd or tree(), **kw).strip()
+    return run([*GIT, *args], cwd=cwd or tree(), **kw).rstrip()
 
 
 def version_of(deb: Path) -> str:
