@@ -17,23 +17,35 @@ def vmlinux(image):
     return subprocess.run(["lz4", "-dc"], input=packed, stdout=subprocess.PIPE, check=True).stdout
 
 
-@test(kernels=(("minimal", False, ""), ("minimal", True, "")))
+def preflight(vm, *rows):
+    """khoctl's verdict on kernels of the share: (name, exit status, what it says)."""
+    for name, status, text in rows:
+        r = vm.run(f"khoctl preflight --kernel /lab/{name}", check=False)
+        expect(r.status == status and text in r.out, f"{name}: status {r.status}: {r.out}")
+
+
+@test()
 def preflight_tells_what_the_next_kernel_would_lose(ctx):
     """The same kernel takes over all; another handler's name, no notes, half an image: obstacles."""
     with ctx.vm(memory="1G") as vm:
         vm.ready()
         shutil.copy(ctx.kernel() / "bzImage", vm.share / "same")
-        shutil.copy(ctx.kernel(unpatched=True) / "bzImage", vm.share / "unpatched")
         same = (vm.share / "same").read_bytes()
         (vm.share / "cut").write_bytes(same[:1 << 20])
-        other = vmlinux(same)
-        expect(other.count(b"vfio-pci-v1\0") > 0, "the kernel has no note of vfio-pci's handler")
-        (vm.share / "other").write_bytes(other.replace(b"vfio-pci-v1\0", b"vfio-pci-v9\0"))
+        packed = vmlinux(same)
+        for name, what in (("other", b"vfio-pci-v1\0"), ("bare", b"LiveUpdate\0")):
+            expect(packed.count(what) > 0, f"the kernel has no note with {what}")
+            (vm.share / name).write_bytes(packed.replace(what, b"x" + what[1:]))
         vm.run("kexec -s -l /lab/same --reuse-cmdline")
-        for name, status, text in (
-                ("same", 0, "/lab/same, 7.3.4-minimal takes over all"),
-                ("other", 5, "/lab/other has not the file handler vfio-pci-v1"),
-                ("unpatched", 5, "/lab/unpatched does not say what it can take over"),
-                ("cut", 5, "/lab/cut cannot be read as a kernel: it is cut off")):
-            r = vm.run(f"khoctl preflight --kernel /lab/{name}", check=False)
-            expect(r.status == status and text in r.out, f"{name}: status {r.status}: {r.out}")
+        preflight(vm, ("same", 0, "/lab/same, 7.3.4-minimal takes over all"),
+                  ("other", 5, "/lab/other has not the file handler vfio-pci-v1"),
+                  ("bare", 5, "/lab/bare does not say what it can take over"),
+                  ("cut", 5, "/lab/cut cannot be read as a kernel: it is cut off"))
+
+
+@test(part="kexec", kernels=(("minimal", False, ""), ("minimal", True, "")))
+def preflight_tells_of_a_kernel_without_the_series(ctx):
+    with ctx.vm(memory="1G") as vm:
+        vm.ready()
+        shutil.copy(ctx.kernel(unpatched=True) / "bzImage", vm.share / "unpatched")
+        preflight(vm, ("unpatched", 5, "/lab/unpatched does not say what it can take over"))

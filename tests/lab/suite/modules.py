@@ -45,3 +45,9 @@ def dma_with_modules_on_the_root_file_system(ctx):
 def quiesced_if_the_modules_are_missing(ctx):
     """At the deadline, with the memory still held, as nobody knows what else could reach it."""
     quiesced(ctx, "modulesnever", nexts=[ctx.kernel("modular")])
+
+
+@test(part="kernels", kernels=(("minimal", False, ""), *MODULAR))
+def a_modprobe_that_hangs_holds_up_nobody(ctx):
+    """While one session waits for its module another one is retrieved, and the deadline holds."""
+    quiesced(ctx, "moduleshang", nexts=[ctx.kernel("modular")])

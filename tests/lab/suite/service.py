@@ -83,10 +83,10 @@ class Khod:
             expect("anon_inode:[luo_session]" in r, f"not a session in the fd store: {r}")
         expect(len(rows) == len(self.held()), f"{len(rows)} descriptors for {self.held()}")
 
-    def kills(self, since, points):
+    def kills(self, since, points, timeout=60):
         """The fault points at which khod killed itself since line @since of the journal, which
         may be behind: waits until all of @points are there."""
-        end = time.monotonic() + 60     # some things khod puts off
+        end = time.monotonic() + timeout    # some things khod puts off
         while True:
             found = [m.group(1) for x in list(self.vm.journal.lines)[since:]
                      if (m := re.search(r"khod: fault point (\S+): killing myself", x))]

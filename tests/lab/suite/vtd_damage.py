@@ -23,6 +23,8 @@ UNIT = {
 # Of liveupdate_test_fail=
 STEPS = {
     "vtd-root": "No memory for a root table",
+    "vtd-interrupt": "No vector for its faults",
+    "vtd-scope": "Its devices cannot be listed",
 }
 
 

@@ -299,6 +299,8 @@ void modules_waiting(void);
 void modules_late_waiting(void);
 void modules_never_first(void);
 void __attribute__((noreturn)) modules_never_next(int stage);
+void __attribute__((noreturn)) modules_hang(void);
+void __attribute__((noreturn)) modules_hang_next(int stage);
 
 /* counts.c: pages that are in use for what a handover uses them for */
 struct counts {

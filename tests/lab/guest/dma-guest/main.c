@@ -345,6 +345,8 @@ int main(void)
 	int stage, left;
 	pid_t child;
 
+	if (getpid() != 1)
+		modules_hang();
 	mount_all();
 	if (!access("/proc/vmcore", F_OK))
 		crashed();

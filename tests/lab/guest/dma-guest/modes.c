@@ -1097,6 +1097,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "moduleslate", .first = modules_first, .waiting = modules_late_waiting,
 		  .unbound = ENOENT },
 		{ .name = "modulesnever", .first = modules_never_first, .next = modules_never_next },
+		{ .name = "moduleshang", .first = modules_never_first, .next = modules_hang_next },
 		{ .name = "faultspreserve", .first = faults_preserve_first, .stays = true },
 		{ .name = "faultsboot", .first = faults_boot_first, .next = faults_boot_next },
 		{ .name = "faultsretrieve", .next = faults_retrieve_next },

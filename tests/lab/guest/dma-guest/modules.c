@@ -9,6 +9,7 @@
  */
 
 #include "guest.h"
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
@@ -17,6 +18,7 @@
 #define MODULES		"/lib/modules"
 #define MEMORY		"memory"
 #define MEMORY_SIZE	(4u << 20)
+#define ASKED		"/dev/asked-for-a-module"
 
 /* The modules of this kernel are on its root file system from now on. */
 static void put_modules(void)
@@ -127,5 +129,32 @@ void modules_never_next(int stage)
 	no_handler("retrieve without modules");
 	memory_back();
 	say("%s the device runs", is_master(BDF) ? "ok" : "FAIL");
+	deadline_next(stage);
+}
+
+/* This program in the place of modprobe: it does not come back. */
+void modules_hang(void)
+{
+	close(open(ASKED, O_CREAT | O_WRONLY, 0600));
+	for (;;)
+		pause();
+}
+
+/* Who waits for a module holds up neither other sessions nor, see above, the device's end. */
+void modules_hang_next(int stage)
+{
+	pid_t child;
+
+	must(put("/proc/sys/kernel/modprobe", "/proc/1/exe"), "modprobe");
+	child = fork();
+	check(child, "fork");
+	if (!child)
+		_exit(try_retrieve_session("dma") == -ENOPKG);
+	while (access(ASKED, F_OK))
+		usleep(10000);
+	memory_back();
+	verdict(!waitpid(child, NULL, WNOHANG), "the module is waited for", 0);
+	kill(child, SIGKILL);
+	check(waitpid(child, NULL, 0), "waitpid");
 	deadline_next(stage);
 }
