@@ -82,6 +82,8 @@ class Run:
     @arguments are more for QEMU, @icount is that of VM.
     """
 
+    kept = (DEVICE, PORT)       # whose configuration is not written to until the device is bound
+
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
                  timeout=240, kernel=None, nexts=(), machine="noiommu", memory="512M", cpus=1,
                  trace=(), judge=True, second="e1000e", shared=(), arguments=(), icount=False):
@@ -177,6 +179,11 @@ class Run:
         begins, ends = self.lines("KEXEC"), self.lines("STAGE")[1:]
         return [(a.when + self.offset, b.when + self.offset) for a, b in zip(begins, ends)]
 
+    def gaps(self):
+        """The same, until the device is bound again."""
+        bound = [x.when + self.offset for x in self.lines("BOUND")]
+        return [(a, min((t for t in bound if t > b), default=b)) for a, b in self.blackouts()]
+
     def trace(self, names=None):
         return trace.read(self.vm.dir / "trace.log", names)
 
@@ -211,11 +218,11 @@ class Run:
                 and not any(p <= a and a + n <= p + length for p, length in ranges)]
 
     def config_writes(self):
-        """Those to the device and its port in the blackouts that would have disturbed it."""
-        spans = self.blackouts()
+        """Those to the device and its port that would have disturbed it while nobody controls it."""
+        spans = self.gaps()
         return [f"{name} {slot} @{offset:#x} <- {value:#x}"
                 for when, name, slot, offset, value in trace.config_writes(self.vm.dir / "trace.log")
-                if slot in (DEVICE, SIBLING, PORT) and any(a <= when <= b for a, b in spans)
+                if slot in self.kept and any(a <= when <= b for a, b in spans)
                 and forbidden(slot, offset, value)]
 
     def undisturbed(self, kexecs):
@@ -269,6 +276,8 @@ class Run:
 
 class Functions(Run):
     """The same with a device of two functions; each has a ring, memory and a sender of its own."""
+
+    kept = (DEVICE, SIBLING, PORT)
 
     def __init__(self, ctx, **kw):
         super().__init__(ctx, second="+e1000e", **kw)

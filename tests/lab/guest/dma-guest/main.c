@@ -202,6 +202,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	t0 = now();
 	must(try_bind(), "bind");
 	bind = now() - t0;
+	say("BOUND");
 	if (claim)
 		map_bar();
 	functions_bind(claim);
