@@ -391,14 +391,15 @@ def pending(ctx, options="", kexecs=1, **kw):
 @everywhere
 @test()
 def dma_goes_on_after_an_abort(ctx, **kw):
-    Run(ctx, mode="abort", **kw).no_packet_lost()
+    """And so do interrupts. Meanwhile it is not reset, removed, or put to sleep."""
+    Run(ctx, mode="abort", options="dma.irq=1", **kw).no_packet_lost()
 
 
 @everywhere
 @test()
 def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
     """A next kernel without live update, without KHO, with ZONE_MOVABLE; INTx in a second session."""
-    Run(ctx, mode="freezefail", **kw).no_packet_lost()
+    Run(ctx, mode="freezefail", options="dma.irq=1", **kw).no_packet_lost()
 
 
 @everywhere
