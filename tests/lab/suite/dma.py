@@ -402,6 +402,12 @@ def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
     Run(ctx, mode="freezefail", options="dma.irq=1", **kw).no_packet_lost()
 
 
+@test(part="dma")
+def dma_goes_on_if_another_function_does_not_go_along(ctx):
+    """It uses the same context, or did when that was preserved: looked at again at the freeze."""
+    Functions(ctx, mode="functionsleft").no_packet_lost()
+
+
 @everywhere
 @test()
 def what_would_be_lost_is_refused_at_preserve(ctx, **kw):

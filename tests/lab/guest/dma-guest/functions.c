@@ -135,7 +135,7 @@ void functions_last(void)
 	must(try_preserve(other.dev, TOK_DEV2), "preserve second function");
 }
 
-/* A function that is attached and would not go along. */
+/* A function that is attached and would not go along; then one that does not use any more what does. */
 void functions_left_first(void)
 {
 	functions_first();
@@ -143,9 +143,18 @@ void functions_left_first(void)
 	create_session("dma");
 	preserve_all();
 	failing_reboot("reboot with a function that is not preserved", EBUSY);
+	verdict(refusal() == IOMMU_LIVEUPDATE_DEVICE_NOT_PRESERVED, "the reason for that", 0);
 	functions_last();
 	run_for(0.5);
 	end_session();
+
+	create_session("dma");
+	preserve_all();
+	detach_dev(other.dev);
+	failing_reboot("reboot with a function detached since the preserve", EBUSY);
+	verdict(refusal() == IOMMU_LIVEUPDATE_CHANGED, "the reason for that", 0);
+	end_session();
+	must(attach_dev(other.dev, ioas_id), "attach second function again");
 	run_for(1);
 }
 

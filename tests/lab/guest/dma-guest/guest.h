@@ -220,6 +220,7 @@ int bind_vf(int fd, int ctx, int pf);
 int try_bind(void);
 int attach_dev(int fd, uint32_t pt);
 int try_attach(uint32_t id);
+void detach_dev(int fd);
 void map_bar(void);
 void unmap_bar(void);
 void bus_master(int fd);

@@ -108,6 +108,13 @@ int try_attach(uint32_t id)
 	return attach_dev(dev, id);
 }
 
+void detach_dev(int fd)
+{
+	struct vfio_device_detach_iommufd_pt detach = { .argsz = sizeof(detach) };
+
+	check(ioctl(fd, VFIO_DEVICE_DETACH_IOMMUFD_PT, &detach), "detach");
+}
+
 static struct vfio_region_info region(int fd, uint32_t index)
 {
 	struct vfio_region_info info = { .argsz = sizeof(info), .index = index };
