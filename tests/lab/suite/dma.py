@@ -31,8 +31,9 @@ MESSAGE = ("pci_nvme_irq_msix", "apic_deliver_irq")
 # An IOMMU is switched on or off; it refused a request, of bus 1, device 0, function 0 or 1.
 ENABLE, FAULT, REQUESTERS = "vtd_dmar_enable", "vtd_dmar_fault", (0x0100, 0x0101)
 THROTTLE = "throttling.iops-read=150"       # 1,000 reads are in flight
-# Hot-unplug by the port itself, as on real hosts, and not by ACPI.
-PCIEHP = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
+# Hot-unplug by the port itself, as on real hosts, and not by ACPI. Without ASPM, the lab's
+# kernels do not ask the firmware for control.
+PCIEHP, NATIVE = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"), "pcie_ports=native"
 COMMAND, MEMORY_AND_MASTER = 0x04, 0x06
 
 EVERYWHERE = []
@@ -78,7 +79,7 @@ class Run:
     kernel's command line. @nexts are the builds that come after @kernel, if it is another one
     than that; @shared are files and folders for the share with the guest, with their names there.
     The run ends when the guest is off; without @judge it may say that something failed. @second
-    is the other device, which gets packets as well if it is a function of the first one;
+    is the other device, which gets packets as well if the mode is about functions;
     @arguments are more for QEMU, @icount is that of VM.
     """
 
@@ -91,8 +92,8 @@ class Run:
         self.offset = time.time() - time.monotonic()
         self.device, self.senders, self.sent, self.sibling_sent = device, [], [], []
         native = mode.startswith(("unplug", "error"))
-        if native:      # without ASPM, the lab's kernels do not ask the firmware for control
-            options += " pcie_ports=native"
+        if native:
+            options += f" {NATIVE}"
         with ctx.vm(kernel=kernel, init="dma-guest", memory=memory, cpus=cpus,
                     devices=[device, second], machine=machine, disk_options=THROTTLE,
                     trace=("pci_cfg_write", ENABLE, FAULT, *EVENTS[device], *trace),
@@ -109,7 +110,7 @@ class Run:
             if device in NICS:
                 self.senders = [Sender(vm.senders[0], rate, vm.dir / "sent")]
             try:
-                if second.startswith("+"):
+                if mode.startswith("functions"):
                     self.wait("BOTH")
                     self.senders.append(Sender(vm.senders[1], rate, vm.dir / "sent-sibling"))
                 self.meanwhile(mode)
@@ -430,6 +431,25 @@ def a_bar_that_is_exported_is_refused_at_preserve(ctx):
 def nobody_gets_at_a_device_that_waits(ctx, **kw):
     """Removed, reset, disabled, another driver; memory truncated, punched, zeroed; other order."""
     Run(ctx, mode="hostile", options=FULL, **kw).nothing_lost(ctx, 1)
+
+
+@test(part="dma")
+def nobody_gets_at_an_igb_that_waits(ctx):
+    """Which could have virtual functions, but for that."""
+    Run(ctx, device="igb", mode="hostile", options=FULL).nothing_lost(ctx, 1)
+
+
+@test(part="dma")
+def a_sibling_does_not_reset_the_bus_of_a_device(ctx):
+    """The user of another function asks for a hot reset, while preserved and before the retrieve."""
+    Run(ctx, mode="sibling", second="+e1000e", options=FULL).nothing_lost(ctx, 1)
+
+
+@test(part="dma")
+def a_sibling_does_not_reset_the_slot_of_a_device(ctx):
+    """The same with a port that has a slot of its own."""
+    Run(ctx, mode="sibling", second="+e1000e", options=f"{FULL} {NATIVE}",
+        arguments=PCIEHP).nothing_lost(ctx, 1)
 
 
 @everywhere

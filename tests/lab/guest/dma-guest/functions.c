@@ -123,6 +123,48 @@ void functions_first(void)
 	run_for(1);
 }
 
+/* Somebody else uses the second function, which can be reset with all that is on its bus only. */
+static int sibling;
+
+static void open_sibling(int ctx)
+{
+	bind_vfio_pci(BDF_SIBLING);
+	must(put(PCI_DEVICE BDF_SIBLING "/reset_method", "\n"), "reset_method");
+	sibling = open_dev(1);
+	check(sibling, "open second function");
+	must(bind_dev(sibling, ctx), "bind second function");
+}
+
+static void reset_by_sibling(const char *what)
+{
+	int ret = try_hot_reset(sibling);
+
+	verdict(ret == -ENODEV, what, ret);
+}
+
+/* In one context, so that VFIO lets the one reset the other. */
+void sibling_first(void)
+{
+	open_sibling(iommufd);
+}
+
+void sibling_last(void)
+{
+	reset_by_sibling("hot reset while preserved");
+}
+
+/* When it is closed VFIO would reset both, as nobody else has either open. */
+void sibling_waiting(void)
+{
+	int ctx = open("/dev/iommu", O_RDWR);
+
+	check(ctx, "/dev/iommu");
+	open_sibling(ctx);
+	reset_by_sibling("hot reset before retrieve");
+	close(sibling);
+	close(ctx);
+}
+
 /* With that of the device, before the context. */
 void functions_preserve_memory(void)
 {

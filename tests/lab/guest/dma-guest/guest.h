@@ -180,6 +180,9 @@ void __attribute__((noreturn)) functions_fail_next(int stage);
 void __attribute__((noreturn)) functions_stopped_next(int stage);
 void functions_lost_next(int stage);
 void functions_deadline_first(void);
+void sibling_first(void);
+void sibling_last(void);
+void sibling_waiting(void);
 void __attribute__((noreturn)) functions_deadline_next(int stage);
 void functions_preserve_memory(void);
 void functions_retrieve_memory(void);
@@ -225,6 +228,8 @@ void map_bar(void);
 void unmap_bar(void);
 void bus_master(int fd);
 bool is_master(const char *bdf);
+bool goes_to_d3hot(void);
+int try_hot_reset(int fd);
 void set_irqs(int fd, uint32_t index, unsigned int nr);
 uint64_t irq_count(unsigned int vector);
 

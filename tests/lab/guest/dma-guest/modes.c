@@ -91,11 +91,13 @@ static void disturb(const char *when)
 {
 	static const struct {
 		const char *path, *value;
+		int error;
 	} files[] = {
-		{ PCI_DEVICE BDF "/remove", "1" },
-		{ PCI_DEVICE BDF "/reset", "1" },
-		{ PCI_DEVICE "0000:00:10.0/remove", "1" },
-		{ PCI_DEVICE "0000:00:10.0/reset_subordinate", "1" },
+		{ PCI_DEVICE BDF "/remove", "1", EBUSY },
+		{ PCI_DEVICE BDF "/reset", "1", EBUSY },
+		{ PCI_DEVICE BDF "/sriov_numvfs", "2", EBUSY },
+		{ PCI_DEVICE "0000:00:10.0/remove", "1", EBUSY },
+		{ PCI_DEVICE "0000:00:10.0/reset_subordinate", "1", ENOTTY },
 	};
 	char what[128];
 	int ret;
@@ -107,8 +109,9 @@ static void disturb(const char *when)
 		}
 		ret = put(files[i].path, files[i].value);
 		snprintf(what, sizeof(what), "%s %s", files[i].path + strlen(PCI_DEVICE), when);
-		verdict(ret < 0, what, ret);
+		verdict(ret == -files[i].error, what, ret);
 	}
+	say("%s D3hot %s", goes_to_d3hot() ? "FAIL" : "ok no", when);
 }
 
 /* Preserve, then abort: the device goes on as if nothing had happened. */
@@ -1074,6 +1077,8 @@ const struct mode *find_mode(const char *name)
 		  .last = functions_last, .next = functions_deadline_next },
 		{ .name = "functionslost", .first = functions_first, .last = functions_last,
 		  .next = functions_lost_next },
+		{ .name = "sibling", .first = sibling_first, .last = sibling_last,
+		  .waiting = sibling_waiting },
 		{ .name = "noretrieve", .next = noretrieve_next },
 		{ .name = "lastclose", .next = lastclose_next },
 		{ .name = "abandon", .next = abandon_next },

@@ -5,6 +5,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <linux/pci_regs.h>
 #include <linux/vfio.h>
 
 volatile uint8_t *bar;
@@ -161,6 +162,51 @@ bool is_master(const char *bdf)
 	check(pread(fd, &cmd, sizeof(cmd), 4), path);
 	close(fd);
 	return cmd & 4;
+}
+
+/* Where control and status of power management are, in the configuration space at @base of @fd. */
+static off_t find_pm_ctrl(int fd, off_t base)
+{
+	uint8_t cap[2];		/* what it is, and where the next one is */
+
+	check(pread(fd, &cap[1], 1, base + PCI_CAPABILITY_LIST), "read capabilities");
+	while (cap[1]) {
+		off_t at = base + cap[1];
+
+		check(pread(fd, cap, sizeof(cap), at), "read capability");
+		if (cap[0] == PCI_CAP_ID_PM)
+			return at + PCI_PM_CTRL;
+	}
+	errno = ENODEV;
+	die("power management");
+}
+
+/*
+ * Ask the device for D3hot, by VFIO if it is open, else by sysfs. Both write without an error
+ * in any case: what came of it is in the device.
+ */
+bool goes_to_d3hot(void)
+{
+	int config = open(PCI_DEVICE BDF "/config", O_RDWR), fd = dev < 0 ? config : dev;
+	off_t base = dev < 0 ? 0 : region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, at;
+	uint16_t ctrl;
+
+	check(config, "config");
+	at = find_pm_ctrl(fd, base);
+	check(pread(fd, &ctrl, sizeof(ctrl), at), "read power state");
+	ctrl |= PCI_PM_CTRL_STATE_MASK;
+	check(pwrite(fd, &ctrl, sizeof(ctrl), at), "write power state");
+	check(pread(config, &ctrl, sizeof(ctrl), at - base), "read power state");
+	close(config);
+	return ctrl & PCI_PM_CTRL_STATE_MASK;
+}
+
+/* Of all devices on its bus, or in its slot, by the owner of one of them. */
+int try_hot_reset(int fd)
+{
+	struct vfio_pci_hot_reset reset = { .argsz = sizeof(reset) };
+
+	return ioctl(fd, VFIO_DEVICE_PCI_HOT_RESET, &reset) ? -errno : 0;
 }
 
 /* An eventfd for each of @nr vectors; of the device under test they are irqfd[]. */
