@@ -504,6 +504,19 @@ def quiesced_at_a_second_kexec(ctx, **kw):
 
 @everywhere
 @test(part="dma")
+def quiesced_at_a_second_kexec_after_the_retrieve(ctx, **kw):
+    quiesced(ctx, "secondretrieved", **kw)
+
+
+@everywhere
+@test(part="dma")
+def quiesced_at_a_second_kexec_before_the_finish(ctx, **kw):
+    """Its user has bound the device, but not replaced what it is attached to; nothing of it can be handed on."""
+    quiesced(ctx, "secondbound", **kw)
+
+
+@everywhere
+@test(part="dma")
 def quiesced_when_the_owner_is_killed_while_it_is_preserved(ctx, **kw):
     quiesced(ctx, "killedpreserved", kexecs=0, **kw)
 

@@ -356,6 +356,24 @@ static void abandon_next(int stage)
 	quiesced();
 }
 
+static void retrieve_workload(void)
+{
+	retrieve_session("dma");
+	memfd = try_retrieve(TOK_MEM);
+	must(memfd, "retrieve memfd");
+	retrieve_iommufd();
+	retrieve_device();
+}
+
+/* Its user is in control of the device again, and nothing is finished. */
+static void take_control(void)
+{
+	retrieve_workload();
+	map_mem();
+	must(try_bind(), "bind");
+	dma_goes_on();
+}
+
 /* Another kexec, with the session of the first one not retrieved. */
 static void second_next(int stage)
 {
@@ -365,7 +383,32 @@ static void second_next(int stage)
 		die("kexec");
 	}
 	show_driver();
+	say("%s the device is stopped", is_master(BDF) ? "FAIL" : "ok");
 	quiesced();
+}
+
+static void second_retrieved_next(int stage)
+{
+	if (stage == 2)
+		retrieve_workload();
+	second_next(stage);
+}
+
+/* What is not finished cannot be handed on. */
+static void second_bound_next(int stage)
+{
+	int incoming, ret;
+
+	if (stage == 2) {
+		take_control();
+		incoming = session;
+		create_session("again");
+		ret = try_preserve(memfd, TOK_MEM);
+		verdict(ret == -EBUSY, "preserve memory again before the finish", ret);
+		end_session();
+		session = incoming;
+	}
+	second_next(stage);
 }
 
 /* How long the next kernel waits for somebody to come for the device. */
@@ -483,11 +526,7 @@ static void unequal_next(int stage)
 	struct iommu_destroy d = { .size = sizeof(d) };
 	int old, ret;
 
-	retrieve_session("dma");
-	memfd = try_retrieve(TOK_MEM);
-	must(memfd, "retrieve memfd");
-	retrieve_iommufd();
-	retrieve_device();
+	retrieve_workload();
 	must(try_bind(), "bind");
 	d.id = find_frozen();
 
@@ -904,20 +943,7 @@ static void error_next(int stage)
 	lost();
 }
 
-/* Its user is in control of the device again, and nothing is finished. */
-static void take_control(void)
-{
-	retrieve_session("dma");
-	memfd = try_retrieve(TOK_MEM);
-	must(memfd, "retrieve memfd");
-	map_mem();
-	retrieve_iommufd();
-	retrieve_device();
-	must(try_bind(), "bind");
-	dma_goes_on();
-}
-
-/* Then an error resets the link, as it does at any other time. */
+/* When it is bound an error resets the link, as it does at any other time. */
 static void error_bound_next(int stage)
 {
 	(void)stage;
@@ -1083,6 +1109,8 @@ const struct mode *find_mode(const char *name)
 		{ .name = "lastclose", .next = lastclose_next },
 		{ .name = "abandon", .next = abandon_next },
 		{ .name = "second", .next = second_next },
+		{ .name = "secondretrieved", .next = second_retrieved_next },
+		{ .name = "secondbound", .next = second_bound_next },
 		{ .name = "deadline", .first = deadline_first, .next = deadline_next },
 		{ .name = "hostile", .waiting = hostile_waiting, .bound = hostile_bound,
 		  .reversed = true },
