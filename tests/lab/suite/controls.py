@@ -45,6 +45,13 @@ def control_memory_is_damaged_without_holds(ctx, **kw):
     control_bytes(ctx, "punched", "iommu_liveupdate.test_no_holds=1", **kw)
 
 
+@everywhere
+@test(part="dma")
+def control_memory_is_damaged_if_compaction_moves_it(ctx, **kw):
+    """From under the device, between the retrieve and the bind, or after it."""
+    control_bytes(ctx, "compacted", "iommu_liveupdate.test_no_holds=1", **kw)
+
+
 @test(part="dma")
 def control_memory_is_damaged_without_must_equal(ctx):
     """The frozen HWPT is replaced by one that leads elsewhere, and let go of."""

@@ -151,6 +151,8 @@ const char *param(const char *name, const char *dflt);
 extern uint8_t *mem;
 extern struct state *st;
 extern int memfd;
+void huge_pages(bool on);
+void compact_memory(void);
 int new_memfd(const char *name, size_t size);
 void map_mem(void);
 void note_pages(void);
@@ -296,6 +298,7 @@ struct mode {
 	bool dies;	/* run by a child, that kills itself */
 	bool every_vector;	/* each one of an I/O queue has an interrupt pending */
 	bool reversed;	/* retrieve the device first and the memfd last */
+	bool small;	/* buffers of 4 KiB folios: larger ones are never moved by compaction */
 };
 
 /* modules.c */

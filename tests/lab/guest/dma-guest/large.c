@@ -47,7 +47,7 @@ void make_large(void)
 	if (!large(&areas))
 		return;
 	if (atoi(param("dma.small", "0")))
-		must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never"), "small pages");
+		huge_pages(false);
 	for (uint32_t i = 0; i < nr_files; i++) {
 		files[i] = new_memfd("large", file_size);
 		p = mmap(NULL, file_size, PROT_READ | PROT_WRITE, MAP_SHARED, files[i], 0);
@@ -57,7 +57,7 @@ void make_large(void)
 			p[off] = 1;
 		munmap(p, file_size);
 	}
-	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");
+	huge_pages(true);
 }
 
 /*

@@ -65,10 +65,12 @@ void first(bool irq)
 	functions_prepare();
 	show_driver();
 	t0 = now();
-	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "force"), "huge pages");
+	huge_pages(true);
 	memfd = new_memfd("dma", MEM_SIZE);
 	map_mem();
-	memset(mem, 0, MEM_SIZE);
+	memset(mem, 0, QUEUE_SIZE);
+	huge_pages(!mode->small);
+	memset(mem + QUEUE_SIZE, 0, MEM_SIZE - QUEUE_SIZE);
 	make_large();
 	iommufd = open("/dev/iommu", O_RDWR);
 	check(iommufd, "/dev/iommu");
@@ -236,7 +238,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	}
 	must(try_finish(), "finish");
 	end_session();
-	must(put("/proc/sys/vm/compact_memory", "1"), "compact memory");
+	compact_memory();
 	say("BACK");
 }
 

@@ -11,6 +11,18 @@ int memfd = -1;
 static uint8_t *filler;
 static size_t filler_len;
 
+/* Whether memfds are made of them, from now on. */
+void huge_pages(bool on)
+{
+	must(put("/sys/kernel/mm/transparent_hugepage/shmem_enabled", on ? "force" : "never"),
+	     "huge pages");
+}
+
+void compact_memory(void)
+{
+	must(put("/proc/sys/vm/compact_memory", "1"), "compact memory");
+}
+
 int new_memfd(const char *name, size_t size)
 {
 	int fd = memfd_create(name, 0);

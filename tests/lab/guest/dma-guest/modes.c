@@ -491,20 +491,26 @@ static void killed_preserved(void)
 }
 
 /*
- * The owner of the memory @fd takes the buffers away, if that can be done. What counts is
- * whether the device, which goes on or not, then writes into memory of others.
+ * Others use the pages that were the buffers of the memory @fd, if they are free. What counts
+ * is whether the device, which goes on or not, writes into memory of others.
  */
+static void __attribute__((noreturn)) reuse_buffers(int fd)
+{
+	fill_freed_memory(fd);
+	sleep(3);
+	say("QUIESCED");	/* or not: the words about memory tell */
+	check_filler();
+	power_off();
+}
+
+/* The owner of the memory @fd takes the buffers away, if that can be done. */
 static void __attribute__((noreturn)) take_buffers_away(int fd)
 {
 	int ret = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, BUF_OFF, BUF_SIZE) ?
 		-errno : 0;
 
 	say("note: punch: %s", strerror(-ret));
-	fill_freed_memory(fd);
-	sleep(3);
-	say("QUIESCED");	/* or not: the words about memory tell */
-	check_filler();
-	power_off();
+	reuse_buffers(fd);
 }
 
 static void punched_next(int stage)
@@ -514,6 +520,17 @@ static void punched_next(int stage)
 	memfd = try_retrieve(TOK_MEM);
 	must(memfd, "retrieve memfd");
 	take_buffers_away(memfd);
+}
+
+/* Compaction may not move what the device uses: before the bind, and after it. */
+static void compacted_next(int stage)
+{
+	(void)stage;
+	retrieve_workload();
+	compact_memory();
+	must(try_bind(), "bind");
+	compact_memory();
+	reuse_buffers(memfd);
 }
 
 /*
@@ -1123,6 +1140,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "iovas", .next = iovas_next },
 		{ .name = "blocked", .next = blocked_next },
 		{ .name = "punched", .next = punched_next },
+		{ .name = "compacted", .next = compacted_next, .small = true },
 		{ .name = "unequal", .next = unequal_next },
 		{ .name = "pending", .first = pending_first, .last = pending_last,
 		  .every_vector = true },
