@@ -230,6 +230,7 @@ void map_bar(void);
 void unmap_bar(void);
 void bus_master(int fd);
 bool is_master(const char *bdf);
+void mark_trace(void);
 bool goes_to_d3hot(void);
 int try_hot_reset(int fd);
 void set_irqs(int fd, uint32_t index, unsigned int nr);

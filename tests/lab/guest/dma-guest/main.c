@@ -204,7 +204,7 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	t0 = now();
 	must(try_bind(), "bind");
 	bind = now() - t0;
-	say("BOUND");
+	mark_trace();
 	if (claim)
 		map_bar();
 	functions_bind(claim);
