@@ -63,7 +63,8 @@ if not run_two:
         vm.stop()
     qemu.runs_ended(False)
     guest().stop()
-    expect(not others[0].dir.exists(), "no old logs were removed")
+    # But for one, perhaps: what was let go of in the same tick of the clock is as new as the guest.
+    expect(sum(vm.dir.exists() for vm in others) < 2, "no old logs were removed")
     os._exit(0)
 expect(os.waitpid(run_two, 0)[1] == 0, "see above")
 expect(all(Path(p).exists() for p in places(first)), "the other run removed what this one uses")
