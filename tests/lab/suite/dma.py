@@ -8,6 +8,7 @@ memory and where, and which configuration writes reached the device and its port
 devices, because some tests need a second one.
 """
 
+import functools
 import re
 import shutil
 import time
@@ -182,12 +183,14 @@ class Run:
         begins, ends = self.lines("KEXEC"), self.lines("STAGE")[1:]
         return [(a.when + self.offset, b.when + self.offset) for a, b in zip(begins, ends)]
 
+    @functools.cached_property
     def writes(self):
+        """Those to configuration spaces in the trace, which is whole when the guest is off."""
         return list(trace.config_writes(self.vm.dir / "trace.log"))
 
     def bound(self):
         """When the device was bound, in each kernel but the first."""
-        return [when for when, _, *write in self.writes() if write == BOUND]
+        return [when for when, _, *write in self.writes if write == BOUND]
 
     def trace(self, names=None):
         return trace.read(self.vm.dir / "trace.log", names)
@@ -226,15 +229,15 @@ class Run:
         """Those to the device and its port that would have disturbed it until it was bound again."""
         bound = self.bound()
         spans = [(a, min((t for t in bound if t > b), default=b)) for a, b in self.blackouts()]
-        return [f"{name} {slot} @{offset:#x} <- {value:#x}" for when, name, slot, offset, value in self.writes()
+        return [f"{name} {slot} @{offset:#x} <- {value:#x}" for when, name, slot, offset, value in self.writes
                 if slot in self.kept and any(a <= when <= b for a, b in spans)
                 and forbidden(slot, offset, value)]
 
     def undisturbed(self, kexecs):
         """What holds for every kind of device; the counts of each blackout."""
-        spans = self.blackouts()
-        expect(len(spans) == len(self.bound()) == kexecs,
-               f"{len(spans)} kexecs, {len(self.bound())} times bound, not {kexecs}")
+        spans, bound = self.blackouts(), self.bound()
+        expect(len(spans) == len(bound) == kexecs,
+               f"{len(spans)} kexecs, {len(bound)} times bound, not {kexecs}")
         writes, strays, refused = self.config_writes(), self.strays(), faults(self)
         expect(not writes, f"forbidden: {writes[:5]}")
         expect(not strays, f"DMA outside of the memory: {strays[:5]}")

@@ -10,7 +10,6 @@ IOMMU refused, are counted.
 
 import re
 
-from lablib import trace
 from lablib.check import expect, test
 from .dma import (DEVICE as DEVICE_SLOT, ENABLE, FAULT, PORT, REQUESTERS, Functions, Run, faults,
                   quiesced, requester)
@@ -237,7 +236,7 @@ class Plain(Run):
         def within(when):
             return any(a < when < b for a, b in spans)
         return {
-            "configuration": [row[2:] for row in trace.config_writes(self.vm.dir / "trace.log")
+            "configuration": [row[2:] for row in self.writes
                               if row[2] in (DEVICE_SLOT, PORT) and within(row[0])],
             "resets": [e.name for e in self.trace(set(RESETS)) if within(e.when)],
             "switched": [e.text for e in self.trace({ENABLE}) if within(e.when)],
