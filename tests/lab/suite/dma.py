@@ -266,6 +266,11 @@ class Run:
         expect(len(self.sent) == got["received"] and not got["incomplete"],
                f"sent {len(self.sent)}: {got}")
 
+    def stayed_awake(self):
+        """Tasks that cannot be frozen give EBUSY, too: what kept the system from sleeping?"""
+        expect(self.vm.console.find("keeps running over a live update, cannot sleep") is not None,
+               f"it was not the device, or its port, that did not go to sleep; see {self.vm.dir}")
+
     def all_read(self, ctx, kexecs):
         """NVMe: every read that was posted completed with the right data, and many meanwhile."""
         got = self.result()
@@ -400,8 +405,10 @@ def pending(ctx, options="", kexecs=1, **kw):
 @everywhere
 @test()
 def dma_goes_on_after_an_abort(ctx, **kw):
-    """And so do interrupts. Meanwhile it is not reset, removed, or put to sleep."""
-    Run(ctx, mode="abort", options="dma.irq=1", **kw).no_packet_lost()
+    """And so do interrupts. Meanwhile it is not reset, removed, or put to sleep, nor is the system."""
+    run = Run(ctx, mode="abort", options="dma.irq=1", **kw)
+    run.no_packet_lost()
+    run.stayed_awake()
 
 
 @everywhere
@@ -434,11 +441,21 @@ def a_bar_that_is_exported_is_refused_at_preserve(ctx):
         expect(run.lines(f"ok {what}"), f"there was no DMABUF; see {run.vm.dir}")
 
 
+@test(part="dma")
+def a_million_areas_are_listed_in_pieces(ctx):
+    """Each with what it maps; after a change a list that was begun is not gone on with."""
+    run = Run(ctx, mode="areas", memory="2G", rate=20, timeout=900)
+    run.no_packet_lost()
+    ctx.figure("areas", run.lines("ok .* areas listed")[0].split("ok ")[1])
+
+
 @everywhere
 @test()
 def nobody_gets_at_a_device_that_waits(ctx, **kw):
     """Removed, reset, disabled, another driver; memory truncated, punched, zeroed; other order."""
-    Run(ctx, mode="hostile", options=FULL, **kw).nothing_lost(ctx, 1)
+    run = Run(ctx, mode="hostile", options=FULL, **kw)
+    run.nothing_lost(ctx, 1)
+    run.stayed_awake()
 
 
 @test(part="dma")
@@ -592,6 +609,14 @@ def an_unplug_while_preserved_waits_for_the_user(ctx, **kw):
 def a_kexec_is_refused_while_an_unplug_is_pending(ctx, **kw):
     """It would wait for the device's user for ever, with the device frozen."""
     quiesced(ctx, "unplugreboot", kexecs=0, **kw)
+
+
+@everywhere
+@test(part="dma")
+def a_device_is_preserved_when_its_reset_is_over(ctx, **kw):
+    """A reset by sysfs that has begun is waited for; it would hit what is preserved."""
+    run = Run(ctx, mode="resetting", kexecs=0, **kw)
+    expect(run.lines("ok preserved .* after the reset"), "nothing was reset")
 
 
 @everywhere

@@ -268,6 +268,9 @@ void damage_first(void);
 void damage_next(int stage);
 void damage_context_next(int stage);
 
+/* areas.c */
+void areas_first(void);
+
 /* crash.c */
 void crash_end(void);
 void __attribute__((noreturn)) crashed(void);

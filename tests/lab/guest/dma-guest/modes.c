@@ -98,6 +98,7 @@ static void disturb(const char *when)
 		{ PCI_DEVICE BDF "/sriov_numvfs", "2", EBUSY },
 		{ PCI_DEVICE "0000:00:10.0/remove", "1", EBUSY },
 		{ PCI_DEVICE "0000:00:10.0/reset_subordinate", "1", ENOTTY },
+		{ "/sys/power/state", "freeze", EBUSY },
 	};
 	char what[128];
 	int ret;
@@ -108,7 +109,7 @@ static void disturb(const char *when)
 			continue;
 		}
 		ret = put(files[i].path, files[i].value);
-		snprintf(what, sizeof(what), "%s %s", files[i].path + strlen(PCI_DEVICE), when);
+		snprintf(what, sizeof(what), "%s %s", files[i].path, when);
 		verdict(ret == -files[i].error, what, ret);
 	}
 	say("%s D3hot %s", goes_to_d3hot() ? "FAIL" : "ok no", when);
@@ -1047,6 +1048,37 @@ static void sriov_first(void)
 	verdict(!ret, "virtual functions after that", ret);
 }
 
+static double reset_done;
+
+static void *reset_device(void *arg)
+{
+	must(put(PCI_DEVICE BDF "/reset", "1"), "reset");
+	reset_done = now();
+	return arg;
+}
+
+/* A reset takes a tenth of a second, in which the device is not preserved. */
+static void resetting_first(void)
+{
+	double preserved;
+	pthread_t thread;
+
+	create_session("dma");
+	must(try_preserve(memfd, TOK_MEM), "preserve memfd");
+	must(try_preserve(iommufd, TOK_IOMMUFD), "preserve iommufd");
+	errno = pthread_create(&thread, NULL, reset_device, NULL);
+	if (errno)
+		die("pthread_create");
+	usleep(20000);
+	must(try_preserve(dev, TOK_DEV), "preserve device");
+	preserved = now();
+	pthread_join(thread, NULL);
+	say("%s preserved %.1f ms after the reset was over", preserved > reset_done ? "ok" : "FAIL",
+	    (preserved - reset_done) * 1e3);
+	say("STOP");
+	power_off();
+}
+
 static int sysrq = -1;
 
 static void crash(int sig)
@@ -1103,6 +1135,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "freezefail", .first = freezefail_first, .stays = true },
 		{ .name = "kexecload", .first = kexecload_first, .stays = true },
 		{ .name = "replace", .first = replace_first, .stays = true },
+		{ .name = "areas", .first = areas_first, .stays = true },
 		{ .name = "refusals", .first = refusals_first, .stays = true },
 		{ .name = "refused-devices", .first = refused_devices_first, .stays = true },
 		{ .name = "pair", .first = pair_first, .last = pair_last, .bound = pair_bound,
@@ -1160,6 +1193,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "reset", .next = reset_next },
 		{ .name = "otherdriver", .next = otherdriver_next },
 		{ .name = "errorold", .first = errorold_first, .stays = true },
+		{ .name = "resetting", .first = resetting_first, .stays = true },
 		{ .name = "sriov", .first = sriov_first, .stays = true },
 		{ .name = "panic", .first = panic_first },
 		{ .name = "crash", .end = crash_end },
