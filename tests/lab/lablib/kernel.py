@@ -298,7 +298,7 @@ BUILD_ENV = {"KBUILD_BUILD_USER": "lab", "KBUILD_BUILD_HOST": "lab",
 
 def configs() -> list:
     """The names of the configurations."""
-    parts = ("common", "series")
+    parts = ("common", "series", "each")
     return sorted(p.stem for p in CONFIGS.glob("*.config") if p.stem not in parts and not p.stem.endswith("-series"))
 
 

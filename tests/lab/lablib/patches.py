@@ -4,7 +4,8 @@
 The patches are walked in a work tree of their own, with one build folder for each of the two
 configurations, so that each step compiles only what the patch touches, up to a linked vmlinux:
 the series has nothing in arch/x86/boot. What a step found is written down by the commit's tree: a
-walk that is broken off goes on where it was.
+walk that is broken off goes on where it was. What checkers say is asked of the whole series, and of
+the kernel without it.
 """
 
 import json
@@ -23,8 +24,16 @@ LIVE_UPDATE = re.compile(r"^CONFIG_\w*(LIVEUPDATE)\w*=.*$", re.M)
 def warnings_of(log) -> set:
     """File and text of each warning in a log of make; line numbers move with the patches."""
     found = (WARNING.match(x) for x in log.read_text(errors="replace").splitlines()
-             if "arning" in x)
+             if "arning" in x or "error:" in x)
     return {f"{m.group(1)}: {m.group(2)}" for m in found if m}
+
+
+def make(src, name, log, *args) -> None:
+    objs = src / f"build-{name}"
+    cc = "ccache gcc" if shutil.which("ccache") else "gcc"
+    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "KCONFIG_ALLCONFIG": str(objs / "lab.config")}
+    run(["make", f"O=build-{name}", f"-j{os.cpu_count()}", f"CC={cc}", "W=1", *args],
+        cwd=src, env=env, log=log, what="building the kernel")
 
 
 def build(src, name, live_update) -> set:
@@ -34,15 +43,13 @@ def build(src, name, live_update) -> set:
     log = objs / "lab.log"
     log.write_text("")
     text = "".join(f.read_text() + "\n" for f in kernel.fragments("minimal"))
+    text += (kernel.CONFIGS / "each.config").read_text()
     (objs / "lab.config").write_text(text if live_update else LIVE_UPDATE.sub("", text))
-    cc = "ccache gcc" if shutil.which("ccache") else "gcc"
-    make = ["make", f"O=build-{name}", f"-j{os.cpu_count()}", f"CC={cc}", "W=1"]
-    env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "KCONFIG_ALLCONFIG": str(objs / "lab.config")}
-    run([*make, "allnoconfig"], cwd=src, env=env, log=log, what="configuring the kernel")
+    make(src, name, log, "allnoconfig")
     config = (objs / ".config").read_text()
     if ("CONFIG_LIVEUPDATE=y" in config) != live_update:
         raise LabError(f"CONFIG_LIVEUPDATE did not come out as asked for in {objs}/.config")
-    run([*make, "vmlinux"], cwd=src, env=env, log=log, what="building the kernel")
+    make(src, name, log, "vmlinux")
     return warnings_of(log)
 
 
@@ -76,6 +83,43 @@ def walk(live_update) -> tuple:
                 say(f"live update {name}: {title}: {len(done[key])} warnings")
             wrong += [f"{title}: {x}" for x in done[key] if x not in done.get(base, [])]
     return len(commits), wrong
+
+
+def new_findings(check) -> list:
+    """What @check finds in a work tree with the series, and does not without it."""
+    commits_of_series()
+    with lock(cache_dir() / "patches.lock", "the walk over the patches"):
+        src = kernel.work_tree("-each")
+        found = []
+        for commit in ("base", "series"):
+            kernel.git("checkout", "-q", "--detach", commit, cwd=src)
+            found.append(check(src))
+    return sorted(found[1] - found[0])
+
+
+def touched(src, *endings) -> list:
+    """The kernel's own files that the series changes, as far as they are there."""
+    names = kernel.git("diff", "--name-only", "base", "series", "--", *endings, ":!tools").split()
+    return [n for n in names if (src / n).exists()]
+
+
+def kernel_doc(src) -> set:
+    log = src / "kernel-doc.log"
+    with open(log, "w", encoding="utf-8") as out:
+        subprocess.run(["tools/docs/kernel-doc", "-none", "-Wall", *touched(src, "*.c", "*.h")],
+                       cwd=src, stdout=out, stderr=out, check=False)
+    return warnings_of(log)
+
+
+def sparse(src) -> set:
+    """Of the objects that are built with live update."""
+    build(src, "on", True)
+    objects = [n.removesuffix("c") + "o" for n in touched(src, "*.c")]
+    log = src / "build-on" / "sparse.log"
+    log.write_text("")
+    make(src, "on", log, "C=2", "CHECK=sparse",
+         *(o for o in objects if (src / "build-on" / o).exists()))
+    return warnings_of(log)
 
 
 def checkpatch() -> list:

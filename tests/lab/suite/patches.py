@@ -12,14 +12,28 @@ def each_patch_is_checkpatch_clean(ctx):
 
 
 @test(part="patches", kernels=(), image=False)
+def kernel_doc_finds_nothing_new(ctx):
+    found = patches.new_findings(patches.kernel_doc)
+    expect(not found, "; ".join(found[:10]))
+
+
+def walk(ctx, live_update):
+    count, wrong = patches.walk(live_update)
+    ctx.figure("patches", count)
+    expect(not wrong, "; ".join(wrong[:10]))
+
+
+@test(part="patches-on", kernels=(), image=False)
 def each_patch_builds_with_live_update(ctx):
-    count, wrong = patches.walk(live_update=True)
-    ctx.figure("patches", count)
-    expect(not wrong, "; ".join(wrong[:10]))
+    walk(ctx, live_update=True)
 
 
-@test(part="patches", kernels=(), image=False)
+@test(part="patches-on", kernels=(), image=False)
+def sparse_finds_nothing_new(ctx):
+    found = patches.new_findings(patches.sparse)
+    expect(not found, "; ".join(found[:10]))
+
+
+@test(part="patches-off", kernels=(), image=False)
 def each_patch_builds_without_live_update(ctx):
-    count, wrong = patches.walk(live_update=False)
-    ctx.figure("patches", count)
-    expect(not wrong, "; ".join(wrong[:10]))
+    walk(ctx, live_update=False)
