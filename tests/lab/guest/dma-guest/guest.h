@@ -239,6 +239,7 @@ uint64_t irq_count(unsigned int vector);
 /* luo.c */
 extern int session;
 int luo(void);
+void keep_luo(void);
 void load_kernel(int stage, int left, const char *add);
 void load_crash_kernel(const char *add);
 int try_create_session(const char *name);

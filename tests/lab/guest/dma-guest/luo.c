@@ -53,18 +53,31 @@ void load_crash_kernel(const char *add)
 	load(1, 0, add, KEXEC_FILE_ON_CRASH);
 }
 
+static int kept = -1;
+
+static int open_luo(void)
+{
+	return kept < 0 ? open("/dev/liveupdate", O_RDWR) : dup(kept);
+}
+
 int luo(void)
 {
-	int fd = open("/dev/liveupdate", O_RDWR);
+	int fd = open_luo();
 
 	check(fd, "/dev/liveupdate");
 	return fd;
 }
 
+/* It can be open once. For those who use it at a time, after a fork. */
+void keep_luo(void)
+{
+	kept = luo();
+}
+
 int try_create_session(const char *name)
 {
 	struct liveupdate_ioctl_create_session create = { .size = sizeof(create) };
-	int fd = open("/dev/liveupdate", O_RDWR), ret;
+	int fd = open_luo(), ret;
 
 	if (fd < 0)
 		return -errno;
@@ -83,7 +96,7 @@ void create_session(const char *name)
 int try_retrieve_session(const char *name)
 {
 	struct liveupdate_ioctl_retrieve_session get = { .size = sizeof(get) };
-	int fd = open("/dev/liveupdate", O_RDWR), ret;
+	int fd = open_luo(), ret;
 
 	if (fd < 0)
 		return -errno;

@@ -146,6 +146,7 @@ void modules_hang_next(int stage)
 	pid_t child;
 
 	must(put("/proc/sys/kernel/modprobe", "/proc/1/exe"), "modprobe");
+	keep_luo();
 	child = fork();
 	check(child, "fork");
 	if (!child)
