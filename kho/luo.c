@@ -240,7 +240,7 @@ int kho_luo_preserve(struct kho *kho, int session, int fd, uint64_t token,
 		return 0;
 	switch (r) {
 	case -EBUSY:
-		why = "it is preserved already, in this or another session";
+		why = "it is preserved already, in this or another session, or a device that is being reset or removed";
 		break;
 	case -ENOENT:
 		why = "the kernel cannot preserve this kind of file";

@@ -22,10 +22,11 @@ from .memory import Shape, hand_over
 GIB = 1024
 # Small ones first: if the time is short they have more rounds.
 SHAPES = (Shape(0), Shape(256, huge=True), Shape(256), Shape(256, "hole"), Shape(256, "second"),
-          Shape(GIB, huge=True), Shape(GIB), Shape(GIB, "hole"), Shape(GIB, "second"),
+          Shape(256, "mixed"), Shape(GIB, huge=True), Shape(GIB), Shape(GIB, "hole"), Shape(GIB, "second"),
+          Shape(GIB, "mixed"),
           Shape(0, large=True), Shape(8 * GIB, huge=True), Shape(8 * GIB), Shape(4 * GIB, huge=True),
           Shape(4 * GIB), Shape(4 * GIB, "second"), Shape(4 * GIB, "hole"))
-UNPATCHED_MAX = {"contig": 8 * GIB, "hole": GIB, "second": 256}
+UNPATCHED_MAX = {"contig": 8 * GIB, "hole": GIB, "second": 256, "mixed": 256}
 ROUNDS, GOAL_ROUNDS = 3, 6
 KINDS = ("unpatched", "patched")
 COLUMNS = ("preserve", "request", "kernel", "console", "init", "retrieve", "finish")
@@ -113,7 +114,7 @@ def goals(results) -> list:
             more = stats.mean([(t - nothing) * GIB / shape.mib for nothing, t in pairs])
             out.append(f"{shape}, to console, s a GiB: {judged(more, goal)}")
     if pairs := [(r["unpatched"]["retrieve"], r["patched"]["retrieve"]) for shape, rounds in results.items()
-                 if "4 KiB" in shape for r in rounds if len(r) == 2]:
+                 if "MiB, 4 KiB" in shape for r in rounds if len(r) == 2]:
         out.append(f"retrieve of 4 KiB folios, patched/unpatched: {judged(stats.ratio(pairs), RETRIEVE_GOAL)}")
     return out
 
@@ -128,11 +129,11 @@ def svg(results) -> str:
                 if name in p and shape.mib and "console" in p[name]:
                     kind = "2 MiB folios" if shape.huge else {
                         "contig": "contiguous", "hole": "a hole in a hundred",
-                        "second": "every second page"}[shape.pattern]
+                        "second": "every second page", "mixed": "16 and 4 KiB folios"}[shape.pattern]
                     lines.setdefault((name, kind), {}).setdefault(shape.mib / GIB, []).append(
                         p[name]["console"])
     colours = {"2 MiB folios": "#1e8449", "contiguous": "#2e86c1", "a hole in a hundred": "#b9770e",
-               "every second page": "#c0392b"}
+               "every second page": "#c0392b", "16 and 4 KiB folios": "#7d3c98"}
     top_s = max([2.0] + [max(v) for line in lines.values() for v in line.values()])
 
     def x(gib):

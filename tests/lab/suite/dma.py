@@ -238,10 +238,10 @@ class Run:
         spans, bound = self.blackouts(), self.bound()
         expect(len(spans) == len(bound) == kexecs,
                f"{len(spans)} kexecs, {len(bound)} times bound, not {kexecs}")
-        writes, strays, refused = self.config_writes(), self.strays(), faults(self)
+        writes = self.config_writes()
         expect(not writes, f"forbidden: {writes[:5]}")
-        expect(not strays, f"DMA outside of the memory: {strays[:5]}")
-        expect(not refused, f"{refused} DMA requests of the device refused")
+        self.no_strays()
+        self.none_refused()
         expect(not any(a < e.when < b for e in self.trace({ENABLE}) for a, b in spans),
                "the IOMMU was switched in a blackout")
         return [self.dma(*s) for s in spans], [b - a for a, b in spans]
@@ -265,6 +265,14 @@ class Run:
         expect(len(self.lines("STAGE ")) == 1, "the kernel was replaced")
         expect(len(self.sent) == got["received"] and not got["incomplete"],
                f"sent {len(self.sent)}: {got}")
+
+    def no_strays(self):
+        strays = self.strays()
+        expect(not strays, f"DMA outside of the memory: {strays[:5]}")
+
+    def none_refused(self, why=""):
+        refused = faults(self)
+        expect(not refused, f"{refused} DMA requests of the device refused{why}")
 
     def stayed_awake(self):
         """Tasks that cannot be frozen give EBUSY, too: what kept the system from sleeping?"""
@@ -492,7 +500,7 @@ def quiesced(ctx, mode, **kw):
     expect(before, "no DMA at all")
     expect(not after, f"{after} packets written after the device was quiesced")
     expect(run.lines("ok filled memory"), "free memory was not looked at")
-    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    run.no_strays()
     return run
 
 

@@ -103,7 +103,7 @@ def taking_back(ctx, machine):
     found = swept(run, RETRIEVE)
     got = run.result()
     expect(not (got["bad"] or got["doubled"] or got["incomplete"]), f"damage: {got}")
-    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    run.no_strays()
     reserved = left_over([x.split("LEFT ")[1] for x in run.lines("LEFT ")])
     ends = Counter(re.sub(r".*FAULT \S+ \d+: ", "", x) for x in run.lines("FAULT "))
     show(ctx, run, found)
@@ -137,7 +137,7 @@ def boot_with(ctx, step, machine):
     if run.vm.console.find(PANIC) is not None:
         return steps, "panic"
     expect(steps, f"the guest came to no end; see {run.vm.dir}")
-    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    run.no_strays()
     if run.lines("QUIESCED"):
         at = run.lines("QUIESCED")[0].when + run.offset
         expect(not run.dma(at + 0.1, at + 2.5), "packets were written after the device was quiesced")

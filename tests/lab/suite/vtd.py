@@ -174,7 +174,7 @@ def dma_goes_on_after_an_abort_vtd(ctx):
     run = Run(ctx, mode="abort", machine=MODES["legacy"])
     got = run.result()
     expect(len(run.sent) == got["received"] and not got["incomplete"], f"sent {len(run.sent)}: {got}")
-    expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
+    run.none_refused()
 
 
 # A device with a driver of the kernel's, for which the IOMMU has to translate.
@@ -376,7 +376,7 @@ def two_devices_in_a_group_with_their_port_go_through_two_kexecs(ctx):
 def a_group_of_which_one_device_is_never_bound_is_quiesced(ctx):
     """It is not moved alone, and when everything is closed nothing of either is refused before it stops."""
     run = quiesced(ctx, "functionsunbound", machine=MODES["legacy"], second="+e1000e")
-    expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
+    run.none_refused(": it was blocked and not stopped")
 
 
 @test(part="vtd", kernels=(("faults", False, ""),))
@@ -386,7 +386,7 @@ def a_group_is_stopped_if_opening_a_bound_device_fails(ctx):
                    kernel=ctx.kernel("faults"))
     gone = "01:00.1: liveupdate: the devices of its IOMMU group that were bound are gone"
     expect(run.vm.console.find(gone) is not None, "the second function was not stopped for this")
-    expect(not faults(run), f"{faults(run)} DMA requests refused: it was blocked and not stopped")
+    run.none_refused(": it was blocked and not stopped")
 
 
 @test(part="vtd")
@@ -396,7 +396,7 @@ def a_device_of_a_group_goes_on_after_the_deadline_of_another(ctx):
     one, both = (run.lines(x)[0].when + run.offset for x in ("ONE", "QUIESCED"))
     landed = run.dma(one + 0.1, both)
     expect(landed > 1000, f"{landed} packets of the first function after the second was stopped")
-    expect(not faults(run), f"{faults(run)} DMA requests refused")
+    run.none_refused()
     ctx.figure("packets", f"{landed} in {both - one:.0f} s after the second function was stopped")
 
 
@@ -425,7 +425,8 @@ def a_device_goes_on_if_another_of_its_group_is_lost(ctx):
     expect(not (lost or got["bad"] or got["doubled"] or got["incomplete"]), f"{lost} lost: {got}")
     writes = run.config_writes()
     expect(not writes, f"forbidden: {writes[:5]}")
-    expect(not run.strays() and not faults(run), f"{run.strays()[:5]}, {faults(run)} refused")
+    run.no_strays()
+    run.none_refused()
     ctx.figure("packets", f"{len(run.sent)} sent, {lost} lost")
 
 
@@ -434,7 +435,7 @@ def a_group_of_which_one_device_is_not_preserved_is_refused(ctx):
     """At reboot(2), with the name of the device; DMA of both goes on."""
     run = Functions(ctx, mode="functionsleft", machine=MODES["legacy"])
     run.no_packet_lost()
-    expect(not faults(run), f"{faults(run)} DMA requests refused")
+    run.none_refused()
 
 
 # 03:00.0 and .1, without ACS, are one group; 05:01.0 has the bridge's requester id.
@@ -467,11 +468,11 @@ def crash(ctx, mode, kexecs):
     begin, up, end = (run.lines(f"{w}$")[0].when + run.offset for w in ("CRASH", "CRASHED", "STOP"))
     before, since = run.dma(begin, up), run.dma(up, end)
     ctx.figure("dump", f"{run.lines('the dump was read')[0].split(': ')[-1]}, {before} packets written "
-                       f"while the crash kernel started and {since} since, {faults(run)} faults")
+                       f"while the crash kernel started and {since} since")
     # Only with the tables of the kernel that is gone.
     expect(since > 100, f"only {since} packets were written with the crash kernel up")
-    expect(not faults(run), f"{faults(run)} DMA requests of the device refused")
-    expect(not run.strays(), f"DMA outside of the memory: {run.strays()[:5]}")
+    run.none_refused()
+    run.no_strays()
 
 
 def add_crash(mode):
