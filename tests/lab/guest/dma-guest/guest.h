@@ -227,6 +227,7 @@ int attach_dev(int fd, uint32_t pt);
 int try_attach(uint32_t id);
 void detach_dev(int fd);
 void map_bar(void);
+bool can_map_bar(void);
 void unmap_bar(void);
 void bus_master(int fd);
 bool is_master(const char *bdf);

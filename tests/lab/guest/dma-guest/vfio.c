@@ -124,14 +124,26 @@ static struct vfio_region_info region(int fd, uint32_t index)
 	return info;
 }
 
-void map_bar(void)
+static int try_map_bar(void)
 {
 	struct vfio_region_info info = region(dev, VFIO_PCI_BAR0_REGION_INDEX);
 
 	bar_size = info.size;
 	bar = mmap(NULL, bar_size, PROT_READ | PROT_WRITE, MAP_SHARED, dev, info.offset);
-	if (bar == MAP_FAILED)
-		die("mmap BAR 0");
+	return bar == MAP_FAILED ? -errno : 0;
+}
+
+void map_bar(void)
+{
+	must(try_map_bar(), "mmap BAR 0");
+}
+
+bool can_map_bar(void)
+{
+	if (try_map_bar() < 0)
+		return false;
+	unmap_bar();
+	return true;
 }
 
 void unmap_bar(void)
