@@ -430,7 +430,7 @@ static void __attribute__((noreturn)) once_more(int stage, unsigned int step, un
 	die("kexec");
 }
 
-static void say_counts(void)
+static void say_counts(bool taken)
 {
 	struct counts c = count_other_pages();
 	char line[128];
@@ -442,8 +442,8 @@ static void say_counts(void)
 			break;
 	if (f)
 		fclose(f);
-	say("LEFT pinned=%ld tables=%ld files=%ld total=%ld", c.pinned, c.tables, c.files,
-	    total / 4);
+	say("LEFT taken=%d pinned=%ld tables=%ld files=%ld total=%ld", taken, c.pinned, c.tables,
+	    c.files, total / 4);
 }
 
 /*
@@ -501,7 +501,7 @@ void faults_retrieve_next(int stage)
 		unmap_bar();
 	}
 	give_up();
-	say_counts();
+	say_counts(ret >= 0);
 	if (ret < 0) {
 		fill_memory();
 		sleep(1);
