@@ -11,10 +11,14 @@ def each_patch_is_checkpatch_clean(ctx):
     expect(not found, "; ".join(found[:10]))
 
 
+def nothing_new(check):
+    found = patches.new_findings(check)
+    expect(not found, "; ".join(found[:10]))
+
+
 @test(part="patches", kernels=(), image=False)
 def kernel_doc_finds_nothing_new(ctx):
-    found = patches.new_findings(patches.kernel_doc)
-    expect(not found, "; ".join(found[:10]))
+    nothing_new(patches.kernel_doc)
 
 
 def walk(ctx, live_update):
@@ -30,8 +34,7 @@ def each_patch_builds_with_live_update(ctx):
 
 @test(part="patches-on", kernels=(), image=False)
 def sparse_finds_nothing_new(ctx):
-    found = patches.new_findings(patches.sparse)
-    expect(not found, "; ".join(found[:10]))
+    nothing_new(patches.sparse)
 
 
 @test(part="patches-off", kernels=(), image=False)
