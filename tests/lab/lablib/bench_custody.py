@@ -14,7 +14,7 @@ import re
 import time
 
 from . import bench_memory, kernel, nic
-from .bench_memory import RESULTS, SHAPES, UNPATCHED_MAX
+from .bench_memory import RESULTS, UNPATCHED_MAX
 from .common import LabError, say
 from .images import full_image
 from .memory import Shape
@@ -29,6 +29,7 @@ MARKS = (("kernel", r"Starting new kernel"), ("console", r"console \[ttyS0\] ena
 READY, SWAPPED = r"khod\[\d+\]: khod \S+ is ready", r"khod\[\d+\]: Workload nic is restored"
 COLUMNS = ("register", *(name for name, _ in MARKS), "devices swapped", "khod ready")
 GAPS = {"contig": "", "hole": "--gap 99", "second": "--gap 1"}
+SHAPES = [s for s in bench_memory.SHAPES if s.pattern in GAPS]
 
 
 def register(vm, shape) -> dict:
