@@ -215,19 +215,24 @@ def unit_tests() -> Outcome:
     return out
 
 
+def unit_tests_alone() -> Outcome:
+    with lock(clone_dir() / "unit-tests.lock", "the unit tests"):
+        return unit_tests()
+
+
 def check(names=(), jobs=2, unit_tests_too=False) -> int:
-    """The quick tests; returns the exit status."""
+    """The quick tests; returns the exit status.
+
+    The unit tests, which wait for minutes, run beside what is built and the first guests.
+    """
     tests = select([t for t in load() if not t.part], names)
     start = time.monotonic()
-    outcomes = []
-    if unit_tests_too:
-        with lock(clone_dir() / "unit-tests.lock", "the unit tests"):
-            outcomes.append(unit_tests())
-    broken = prepared(tests)
-    outcomes += broken
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(1) as beside, ThreadPoolExecutor(jobs) as pool:
+        units = [beside.submit(unit_tests_alone)] if unit_tests_too else []
         try:
-            outcomes += pool.map(run_one, [] if broken else tests)
+            broken = prepared(tests)
+            outcomes = broken or list(pool.map(run_one, tests))
+            outcomes += [u.result() for u in units]
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
