@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Each patch of the series by itself: it builds with live update and without, and adds no warning.
 
-The patches are walked in a work tree of their own, with one build folder for each of the two
-configurations, so that each step compiles only what the patch touches, up to a linked vmlinux:
-the series has nothing in arch/x86/boot. What a step found is written down by the commit's tree: a
-walk that is broken off goes on where it was. What checkers say is asked of the whole series, and of
-the kernel without it.
+The patches are walked in a work tree for each of the two configurations, which can be walked side
+by side; each step compiles only what the patch touches, up to a linked vmlinux: the series has
+nothing in arch/x86/boot. What a step found is written down by the commit's tree: a walk that is
+broken off goes on where it was. What checkers say is asked of the whole series, and of the kernel
+without it.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 from . import kernel
 from .common import LabError, cache_dir, lock, run, say
@@ -39,12 +40,10 @@ def make(src, name, log, *args) -> None:
         cwd=src, env=env, log=log, what="building the kernel")
 
 
-def build(src, name, live_update) -> set:
-    """Build what is checked out, with W=1. Returns the warnings of what was compiled."""
+def build(src, name, live_update, log) -> set:
+    """Build what is checked out, with W=1, and add to @log. Returns the warnings in it."""
     objs = src / f"build-{name}"
     objs.mkdir(exist_ok=True)
-    log = objs / "lab.log"
-    log.write_text("")
     text = "".join(f.read_text() + "\n" for f in kernel.fragments("minimal"))
     text += (kernel.CONFIGS / "each.config").read_text()
     (objs / "lab.config").write_text(text if live_update else LIVE_UPDATE.sub("", text))
@@ -62,13 +61,19 @@ def commits_of_series() -> list:
         return kernel.git("rev-list", "--reverse", "base..series").split()
 
 
+@contextmanager
+def each_tree(name):
+    """The work tree for the configuration @name, for nobody else meanwhile."""
+    with lock(cache_dir() / f"patches-{name}.lock", f"the walk over the patches, live update {name}"):
+        yield kernel.work_tree(f"-each-{name}")
+
+
 def walk(live_update) -> tuple:
     """Build each commit of the series. Returns (number of patches, [what is wrong])."""
     name = "on" if live_update else "off"
     commits = commits_of_series()
     wrong = []
-    with lock(cache_dir() / "patches.lock", "the walk over the patches"):
-        src = kernel.work_tree("-each")
+    with each_tree(name) as src:
         base = kernel.git("rev-parse", "base^{tree}")
         known = cache_dir() / f"patches-{name}.json"
         done = json.loads(known.read_text()) if known.exists() else {}
@@ -77,12 +82,14 @@ def walk(live_update) -> tuple:
             title = kernel.git("log", "-1", "--format=%s", commit)
             if key not in done:
                 kernel.git("checkout", "-q", "--detach", commit, cwd=src)
+                log = src / f"{key}.log"    # which a step that was broken off has begun
                 try:
-                    done[key] = sorted(build(src, name, live_update))
+                    done[key] = sorted(build(src, name, live_update, log))
                 except LabError as e:
                     wrong.append(f"{title}: {e}")
                     continue
                 known.write_text(json.dumps(done))
+                log.unlink()
                 say(f"live update {name}: {title}: {len(done[key])} warnings")
             wrong += [f"{title}: {x}" for x in done[key] if x not in done.get(base, [])]
     return len(commits), wrong
@@ -91,8 +98,7 @@ def walk(live_update) -> tuple:
 def new_findings(check) -> list:
     """What @check finds in a work tree with the series, and does not without it."""
     commits_of_series()
-    with lock(cache_dir() / "patches.lock", "the walk over the patches"):
-        src = kernel.work_tree("-each")
+    with each_tree("on") as src:
         found = []
         for commit in ("base", "series"):
             kernel.git("checkout", "-q", "--detach", commit, cwd=src)
@@ -116,7 +122,7 @@ def kernel_doc(src) -> set:
 
 def sparse(src) -> set:
     """Of the objects that are built with live update."""
-    build(src, "on", True)
+    build(src, "on", True, src / "build.log")
     objects = [n.removesuffix("c") + "o" for n in touched(src, "*.c")]
     log = src / "build-on" / "sparse.log"
     log.write_text("")
