@@ -22,6 +22,7 @@ WARNING = re.compile(r"^(?:\.\./)*(?:[Ww]arning: )?([\w./-]+\.[chS]):\d+(?::\d+)
 # That of Debian 12 lacks the word, without which the kernel does not call it.
 SPARSE = "sparse -D__typeof_unqual__=__typeof__"
 NOISE = "error: bad constant expression"        # of each module_param()
+NO_KERNEL_DOC = "KERNELDOC=/dev/null"           # which W=1 runs for each object; it has a test of its own
 LIVE_UPDATE = re.compile(r"^CONFIG_\w*(LIVEUPDATE)\w*=.*$", re.M)
 
 
@@ -36,7 +37,7 @@ def make(src, name, log, *args) -> None:
     objs = src / f"build-{name}"
     cc = "ccache gcc" if shutil.which("ccache") else "gcc"
     env = {"CCACHE_DIR": str(cache_dir() / "ccache"), "KCONFIG_ALLCONFIG": str(objs / "lab.config")}
-    run(["make", f"O=build-{name}", f"-j{os.cpu_count()}", f"CC={cc}", "W=1", *args],
+    run(["make", f"O=build-{name}", f"-j{os.cpu_count()}", f"CC={cc}", "W=1", NO_KERNEL_DOC, *args],
         cwd=src, env=env, log=log, what="building the kernel")
 
 
