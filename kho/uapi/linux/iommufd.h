@@ -1477,8 +1477,8 @@ enum iommu_liveupdate_state {
  * @IOMMU_LIVEUPDATE_SW_MSI: MSI pages are mapped by software
  * @IOMMU_LIVEUPDATE_COMPAT: The context emulates VFIO's no-IOMMU container
  * @IOMMU_LIVEUPDATE_MEMORY: An allocation failed
- * @IOMMU_LIVEUPDATE_CHANGED: An attachment changed after the context was
- *     preserved
+ * @IOMMU_LIVEUPDATE_CHANGED: An attachment changed while the context was
+ *     preserved or after that, or a call that changes the context does not end
  * @IOMMU_LIVEUPDATE_NOT_EQUAL: A replace was refused as the page tables do not
  *     have the same translations
  * @IOMMU_LIVEUPDATE_MOVABLE: The next kernel would have memory in ZONE_MOVABLE,
@@ -1628,9 +1628,9 @@ struct iommu_object_entry {
  *          with, 0 if there is nothing more
  * @__reserved: Must be 0
  *
- * List the objects of a context by ascending id. Return -EAGAIN if @generation
- * is not 0 and something has changed since then, so that what was read before
- * would not fit to what is read now.
+ * List the objects of a context by ascending id. Return -EAGAIN if something
+ * changes meanwhile, or has changed since @generation if that is not 0, so that
+ * what was read before would not fit to what is read now.
  */
 struct iommu_list_objects {
 	__u32 size;
@@ -1832,9 +1832,9 @@ enum iommu_ioas_list_areas_flags {
  * @entry_size: sizeof(struct iommu_ioas_area)
  * @fd: If IOMMU_IOAS_LIST_AREAS_FD is set: mark the areas that map this file
  *
- * List the mappings of an IOAS by ascending IOVA. Return -EAGAIN if @generation
- * is not 0 and a mapping has changed since then, so that what was read before
- * would not fit to what is read now.
+ * List the mappings of an IOAS by ascending IOVA. Return -EAGAIN if a mapping
+ * changes meanwhile, or has changed since @generation if that is not 0, so that
+ * what was read before would not fit to what is read now.
  *
  * Which file is mapped is not told. Who has the file can ask if it is.
  */

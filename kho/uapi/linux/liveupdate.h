@@ -164,7 +164,8 @@ struct liveupdate_ioctl_retrieve_session {
  *         was not retrieved.
  *
  * Gives up everything that was preserved in a session. Devices in it are stopped,
- * then its memory is freed. If the kernel does not know one of the session's files
+ * then its memory is freed. Memory that IOMMU domains still hold is freed when the
+ * last of them is gone. If the kernel does not know one of the session's files
  * (see %LIVEUPDATE_IOCTL_RETRIEVE_SESSION), it cannot know what uses the session's
  * memory, so that all of it stays reserved until the next reboot.
  *

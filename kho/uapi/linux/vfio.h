@@ -1570,12 +1570,7 @@ struct vfio_device_feature_zpci_err {
 #define VFIO_DEVICE_FEATURE_ZPCI_ERROR 13
 
 /**
- * VFIO_DEVICE_FEATURE_LIVEUPDATE
- *
- * Upon VFIO_DEVICE_FEATURE_SET, say how the device is to be treated when its file
- * is preserved over a live update by LIVEUPDATE_SESSION_PRESERVE_FD. Without it
- * all fields are 0. Fails with EBUSY while the device is preserved.
- *
+ * struct vfio_device_feature_liveupdate - VFIO_DEVICE_FEATURE_LIVEUPDATE
  * @flags: VFIO_DEVICE_LIVEUPDATE_MAY_LOSE_IRQ: The user of the device knows how to
  *	   go on when interrupts get lost between the two kernels. INTx and MSI,
  *	   other than MSI-X, are not kept pending by the device, so that without
@@ -1583,6 +1578,10 @@ struct vfio_device_feature_zpci_err {
  * @deadline_ms: How long the next kernel leaves the device running when nobody
  *		 retrieves its file, in milliseconds since it has found the device.
  *		 Then bus mastering is turned off. 0 for the kernel's default.
+ *
+ * Upon VFIO_DEVICE_FEATURE_SET, say how the device is to be treated when its file
+ * is preserved over a live update by LIVEUPDATE_SESSION_PRESERVE_FD. Without it
+ * all fields are 0. Fails with EBUSY while the device is preserved.
  */
 struct vfio_device_feature_liveupdate {
 	__u32 flags;
