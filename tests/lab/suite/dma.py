@@ -427,6 +427,13 @@ def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
 
 
 @test(part="dma")
+def a_session_without_files_keeps_no_kernel_from_being_booted(ctx):
+    """Not one without KHO, either, which is refused if a session has files."""
+    run = Run(ctx, mode="nofiles", judge=False)
+    expect(run.lines("ok kernel 2 runs"), f"the next kernel was not booted; see {run.vm.dir}")
+
+
+@test(part="dma")
 def dma_goes_on_if_another_function_does_not_go_along(ctx):
     """It uses the same context, or did when that was preserved: looked at again at the freeze."""
     Functions(ctx, mode="functionsleft").no_packet_lost()

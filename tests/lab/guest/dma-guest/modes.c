@@ -176,6 +176,22 @@ static void kexecload_first(void)
 	end_session();
 }
 
+/* There is nothing to lose, so that any kernel can be booted. */
+static void nofiles_first(void)
+{
+	create_session("nofiles");
+	load_kernel(2, 0, "kho=off");
+	do_kexec();
+	die("kexec");
+}
+
+static void nofiles_next(int stage)
+{
+	say("ok kernel %d runs", stage);
+	say("STOP");
+	power_off();
+}
+
 struct second {
 	int memfd, ctx, dev;
 };
@@ -442,11 +458,29 @@ void deadline_next(int stage)
 }
 
 /* While it waits, others try to get at the device. */
+/* Who cannot be told the answer has not retrieved the session, either. */
+static void retrieve_unheard(void)
+{
+	struct liveupdate_ioctl_retrieve_session *get;
+	int fd = luo(), ret;
+
+	get = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (get == MAP_FAILED)
+		die("mmap");
+	*get = (struct liveupdate_ioctl_retrieve_session) { .size = sizeof(*get), .name = "dma" };
+	check(mprotect(get, PAGE, PROT_READ), "mprotect");
+	ret = ioctl(fd, LIVEUPDATE_IOCTL_RETRIEVE_SESSION, get) ? -errno : 0;
+	verdict(ret == -EFAULT, "retrieve the session, with no room for the answer", ret);
+	munmap(get, PAGE);
+	close(fd);
+}
+
 static void hostile_waiting(void)
 {
 	int ret;
 
 	disturb("before retrieve");
+	retrieve_unheard();
 	ret = put(PCI_DEVICE BDF "/enable", "0");
 	say("note: disable before retrieve: %s", ret ? strerror(-ret) : "done");
 	must(put("/sys/bus/pci/rescan", "1"), "rescan");
@@ -1134,6 +1168,7 @@ const struct mode *find_mode(const char *name)
 		{ .name = "abort", .first = abort_first, .stays = true },
 		{ .name = "freezefail", .first = freezefail_first, .stays = true },
 		{ .name = "kexecload", .first = kexecload_first, .stays = true },
+		{ .name = "nofiles", .first = nofiles_first, .next = nofiles_next },
 		{ .name = "replace", .first = replace_first, .stays = true },
 		{ .name = "areas", .first = areas_first, .stays = true },
 		{ .name = "refusals", .first = refusals_first, .stays = true },
