@@ -22,6 +22,7 @@ SHAPES = (Shape(0), Shape(256), Shape(256, "hole"), Shape(256, "second"), Shape(
 NUMA = (("numa", False, ""),)
 EAGER = (("eager", False, ""),)
 DEBUG = (("debug", False, ""),)
+RUNS = {"second": 90, "mixed": 20}      # a MiB, at least
 MAP = ("runs", "huge", "node1")     # how the pages lie, before the kexec and after it
 
 
@@ -36,7 +37,7 @@ def come_back(ctx, config, shapes=SHAPES, **kw) -> list:
                         options="khobench.fill=1", **kw)
         if shape.mib:
             expect(int(got.old["in_scratch"]) == 0, f"{shape}: pages lie in scratch")
-            expect(shape.pattern not in ("second", "mixed") or int(got.old["runs"]) > shape.mib * 90,
+            expect(int(got.old["runs"]) > shape.mib * RUNS.get(shape.pattern, 0),
                    f"{shape}: only {got.old['runs']} runs: it is not what it was to be")
             expect(shape.pattern != "mixed" or int(got.old["large"]) > shape.mib * 40,
                    f"{shape}: only {got.old['large']} large folios")
