@@ -123,10 +123,10 @@ def kernel_doc(src) -> set:
 
 def sparse(src) -> set:
     """Of the objects that are built with live update."""
-    build(src, "on", True, src / "build.log")
-    objects = [n.removesuffix("c") + "o" for n in touched(src, "*.c")]
     log = src / "build-on" / "sparse.log"
+    build(src, "on", True, log)
     log.write_text("")
+    objects = [n.removesuffix("c") + "o" for n in touched(src, "*.c")]
     make(src, "on", log, "C=2", f"CHECK={SPARSE}", *(o for o in objects if (src / "build-on" / o).exists()))
     found = warnings_of(log)
     if not found:       # it has something to say of the kernel without the series, too

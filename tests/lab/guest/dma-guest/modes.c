@@ -457,7 +457,6 @@ void deadline_next(int stage)
 	quiesced();
 }
 
-/* While it waits, others try to get at the device. */
 /* Who cannot be told the answer has not retrieved the session, either. */
 static void retrieve_unheard(void)
 {
@@ -475,6 +474,7 @@ static void retrieve_unheard(void)
 	close(fd);
 }
 
+/* While it waits, others try to get at the device. */
 static void hostile_waiting(void)
 {
 	int ret;
