@@ -30,9 +30,13 @@ def going_on(ctx, mode, options="", **kw):
     return run
 
 
-def control_bytes(ctx, mode, parameter, **kw):
-    """With the protection no byte of others changes, without it many do."""
-    kept, lost = (filled(going_on(ctx, mode, x, **kw)) for x in ("", parameter))
+def control_bytes(ctx, mode, parameter, tries=1, **kw):
+    """With the protection no byte of others changes, without it many do, in one of so many tries."""
+    kept = filled(going_on(ctx, mode, **kw))
+    for _ in range(tries):
+        lost = filled(going_on(ctx, mode, parameter, **kw))
+        if lost > 1000:
+            break
     ctx.figure("changed", f"{kept} bytes with, {lost} without the protection")
     expect(not kept, f"{kept} bytes of others changed")
     expect(lost > 1000, f"only {lost} bytes changed without the protection: the test cannot fail")
@@ -48,8 +52,11 @@ def control_memory_is_damaged_without_holds(ctx, **kw):
 @everywhere
 @test(part="dma")
 def control_memory_is_damaged_if_compaction_moves_it(ctx, **kw):
-    """From under the device, between the retrieve and the bind, or after it."""
-    control_bytes(ctx, "compacted", "iommu_liveupdate.test_no_holds=1", **kw)
+    """From under the device, between the retrieve and the bind, or after it.
+
+    Which pages it moves is the kernel's choice: there are runs in which it moves none of these.
+    """
+    control_bytes(ctx, "compacted", "iommu_liveupdate.test_no_holds=1", tries=3, **kw)
 
 
 @test(part="dma")
