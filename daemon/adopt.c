@@ -45,10 +45,12 @@
  * for it (inhibit.c), and so does systemd, which stops it before.
  *
  * A workload with devices: its devices do DMA under frozen HWPTs of the previous kernel.
- * Between 1 and 2 they are restored (restore.c): bound, and moved to page tables of this
+ * In step 1 they are restored (restore.c): bound, and moved to page tables of this
  * kernel. Each step of that is to be seen in the context itself, so that it is continued
  * after a crash. The image that goes into transit is the one that will be preserved: it has
- * the ids of this kernel, and its being there says that this has been done.
+ * the ids of this kernel, and its being there says that this has been done. Step 1 is done in
+ * three parts, each for all of those workloads: the kernel stops a device that nobody retrieves in
+ * time, and none has to wait for memory of others, or that no IOAS maps.
  *
  * If it fails, all of it is undone, and the workload is *quiesced*: an image without
  * devices, with the reason, goes into transit (from here on: decided); devices and
@@ -83,6 +85,14 @@ enum {
 	IN_CUSTODY,
 	GONE,
 	BROUGHT,
+	GOES_ON,	/* there are more parts of step 1 to do */
+};
+
+/* Files of a workload, in the order in which they are needed. */
+enum part {
+	DEVICES,	/* VFIO and iommufd files */
+	MAPPED,		/* memory that an IOAS maps */
+	UNMAPPED,	/* other memory */
 };
 
 struct session {
@@ -117,7 +127,7 @@ struct group {
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	bool expired;			/* because nobody claimed it; said already */
-	struct kho_error *lost;		/* why a file is not there, without which devices cannot go on */
+	struct kho_error *lost;		/* why its devices cannot go on: a file is not there, or restore() failed */
 	bool memory_lost;		/* @lost is about the first of these: */
 	bool missing[KHO_IMAGE_FILES_MAX];	/* memfds that are lost, by their place in the image */
 };
@@ -451,15 +461,13 @@ static int no_files(struct workload *w, struct kho_error **err)
 }
 
 /*
- * Files into w->fds, from transit or an incoming session; -1 where the new session has it
- * already and nothing else does, or where a device is lost (g->lost).
- *
- * Devices first: the kernel stops one that nobody retrieves in time, and much memory takes
- * its time. @unmapped: only the memory that no IOAS maps, for which devices do not wait.
+ * The files that are @part into w->fds, from transit or an incoming session; -1 where the new session
+ * has it already and nothing else does, or where a device is lost (g->lost).
  */
-static int find_files(struct khod *k, struct group *g, struct session *target, bool unmapped,
+static int find_files(struct khod *k, struct group *g, struct session *target, enum part part,
 		      struct kho_error **err)
 {
+	/* Of the devices first what the kernel waits for. */
 	static const enum kho_file_kind order[] = { KHO_FILE_VFIO, KHO_FILE_IOMMUFD, KHO_FILE_MEMFD };
 	bool mapped[KHO_IMAGE_FILES_MAX];
 	struct workload *w = g->w;
@@ -473,7 +481,7 @@ static int find_files(struct khod *k, struct group *g, struct session *target, b
 		kho_image_file(w->image, i % n, &f);
 		if (f.kind != order[i / n] || w->fds[i % n] >= 0)
 			continue;
-		if ((f.kind == KHO_FILE_MEMFD && !mapped[i % n]) != unmapped)
+		if (part != (f.kind != KHO_FILE_MEMFD ? DEVICES : mapped[i % n] ? MAPPED : UNMAPPED))
 			continue;
 		r = find_file(k, g, target, i % n, &f, err);
 		if (r >= 0)
@@ -666,34 +674,25 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 	return 0;
 }
 
-/* Restored, or quiesced. */
-static int restore(struct khod *k, struct group *g, struct session *target, struct kho_error **err)
+/* Restored, or to be quiesced (g->lost). */
+static void restore(struct khod *k, struct group *g)
 {
 	struct workload *w = g->w;
 	struct kho_error *why = NULL;
 	size_t steps = 0;
-	int r;
 
-	if (g->lost) {
-		why = TAKE_PTR(g->lost);
-		r = -kho_error_errno(why);
-	} else {
-		r = workload_restore(k, w->image, w->fds, &steps, &why);
+	if (g->lost)
+		return;
+	if (workload_restore(k, w->image, w->fds, &steps, &why) < 0) {
+		g->lost = why;
+		return;
 	}
-	if (r >= 0 && !g->prepared) {
-		kho_image_set_outcome(w->image, KHO_OUTCOME_RESTORED, NULL);
-		log_event(LOG_INFO, MSG_RESTORED, w->name,
-			  "Workload %s is restored: its devices are under new page tables (%zu steps, %zu areas).",
-			  w->name, steps, kho_graph_n_areas(kho_image_graph(w->image)));
-	}
-	if (r < 0) {
-		/* What is kept is decided once, so all of it has to be there. */
-		r = find_files(k, g, target, true, err);
-		if (r >= 0)
-			r = quiesce(k, g, why, err);
-	}
-	kho_error_free(why);
-	return r < 0 ? r : 0;
+	if (g->prepared)
+		return;
+	kho_image_set_outcome(w->image, KHO_OUTCOME_RESTORED, NULL);
+	log_event(LOG_INFO, MSG_RESTORED, w->name,
+		  "Workload %s is restored: its devices are under new page tables (%zu steps, %zu areas).",
+		  w->name, steps, kho_graph_n_areas(kho_image_graph(w->image)));
 }
 
 /* The image as it will be preserved; that it is in transit says that we have been here. */
@@ -814,22 +813,34 @@ static int preserve_again(struct khod *k, struct group *g, struct kho_error **er
 	return r;
 }
 
-/* Step 1: its files are here, and its devices under page tables of this kernel, or to be stopped. */
-static int bring(struct khod *k, struct group *g, struct kho_error **err)
+/* Step 1, first part: its devices are here, and the kernel's time for them does not run any more. */
+static int bring_devices(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = no_files(g->w, err);
+
+	return r < 0 ? r : find_files(k, g, g->target, DEVICES, err);
+}
+
+/* Second part: they are under page tables of this kernel, or to be stopped. */
+static int bring_back(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = find_files(k, g, g->target, MAPPED, err);
+
+	if (r < 0)
+		return r;
+	timeline_ended(k, KHO_MARK_RETRIEVED, g->w->name);
+	if (kho_image_has_devices(g->w->image))
+		restore(k, g);
+	return 0;
+}
+
+/* Third part: all of its files are here, and its devices are stopped if nobody could make use of them. */
+static int bring_rest(struct khod *k, struct group *g, struct kho_error **err)
 {
 	struct workload *w = g->w;
-	int r;
+	int r = find_files(k, g, g->target, UNMAPPED, err);
 
-	r = no_files(w, err);
-	if (r >= 0)
-		r = find_files(k, g, g->target, false, err);
-	if (r >= 0)
-		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
-	if (r >= 0 && kho_image_has_devices(w->image))
-		r = restore(k, g, g->target, err);
-	if (r >= 0)
-		r = find_files(k, g, g->target, true, err);
-	/* Its devices go on, but nobody could make use of them. */
+	/* What is kept of it is decided once, so all of it has to be there. */
 	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
 		r = quiesce(k, g, g->lost, err);
 	if (r >= 0)
@@ -838,6 +849,16 @@ static int bring(struct khod *k, struct group *g, struct kho_error **err)
 	if (r >= 0 && !g->quiesced && !(g->prepared && kho_image_arrived_usec(w->image, k->boot_id)))
 		r = kho_image_set_arrived(w->image, k->boot_id, boottime_usec(), err);
 	return r;
+}
+
+/* Step 1 of one alone. */
+static int bring(struct khod *k, struct group *g, struct kho_error **err)
+{
+	int r = bring_devices(k, g, err);
+
+	if (r >= 0)
+		r = bring_back(k, g, err);
+	return r < 0 ? r : bring_rest(k, g, err);
 }
 
 /* Steps 4 to 8, from wherever they were left. */
@@ -996,10 +1017,10 @@ static void look(struct khod *k, struct group *g)
 }
 
 /*
- * Up to where its devices are safe. Return: GONE, IN_CUSTODY, BROUGHT (step 1 is done, the others are
- * not), -errno.
+ * What is there decides what is done. Return: GONE, IN_CUSTODY, GOES_ON (the first part of step 1 is
+ * done), -errno.
  */
-static int adopt_one(struct khod *k, struct group *g)
+static int first_part(struct khod *k, struct group *g)
 {
 	struct kho_error **err = &g->err;
 	bool only_r = true;
@@ -1031,7 +1052,24 @@ static int adopt_one(struct khod *k, struct group *g)
 	if (g->found < 0)
 		return kho_error_new(err, g->found, g->w->name,
 				     "nothing of it can be restored; if it has devices the kernel stops them when their time is up");
-	r = bring(k, g, err);
+	r = bring_devices(k, g, err);
+	return r < 0 ? r : GOES_ON;
+}
+
+static int second_part(struct khod *k, struct group *g)
+{
+	int r = bring_back(k, g, &g->err);
+
+	return r < 0 ? r : GOES_ON;
+}
+
+/* To the end if they have to be stopped. */
+static int third_part(struct khod *k, struct group *g)
+{
+	int r = bring_rest(k, g, &g->err);
+
+	if (r >= 0 && g->quiesced)
+		r = transfer_now(k, g, &g->err);
 	return r < 0 ? r : BROUGHT;
 }
 
@@ -1428,26 +1466,35 @@ static void find_missing(struct khod *k, const char *session, bool same_boot, vo
 	workload_fail(g->w, &err, p.fd < 0 ? p.fd : -ENOSPC);
 }
 
-/* One, up to where its devices are safe, and to the end if they have to be stopped. */
-static void adopt_group(struct khod *k, struct group *g)
+/* Each of @groups that has devices, or has none, goes on by @part of step 1, and out of them with the last. */
+static void adopt_part(struct khod *k, struct group **groups, bool devices,
+		       int (*part)(struct khod *k, struct group *g))
 {
-	int r = adopt_one(k, g);
+	for (struct group **p = groups; *p;) {
+		struct group *g = *p;
+		int r = GOES_ON;
 
-	g->next = NULL;
-	if (r == BROUGHT && !g->quiesced) {
-		g->w->brought = g;
-		return;
+		if (devices == (g->w->image && kho_image_has_devices(g->w->image)))
+			r = part(k, g);
+		if (r == GOES_ON) {
+			p = &g->next;
+			continue;
+		}
+		*p = g->next;
+		g->next = NULL;
+		if (r == BROUGHT && !g->quiesced)
+			g->w->brought = g;
+		else
+			settle(k, g, r);
 	}
-	if (r == BROUGHT) {
-		r = transfer_now(k, g, &g->err);
-		r = r < 0 ? r : BROUGHT;
-	}
-	settle(k, g, r);
 }
 
 /* Those with devices first: they do not wait for the memory of others. */
 void adopt(struct khod *k, struct passed *passed, size_t n)
 {
+	static int (*const parts[])(struct khod *k, struct group *g) = {
+		first_part, second_part, third_part
+	};
 	struct group *groups = NULL;
 
 	for (size_t i = 0; i < n; i++)
@@ -1457,14 +1504,6 @@ void adopt(struct khod *k, struct passed *passed, size_t n)
 		look(k, g);
 
 	for (int devices = 1; devices >= 0; devices--)
-		for (struct group **p = &groups; *p;) {
-			struct group *g = *p;
-
-			if (devices && !(g->w->image && kho_image_has_devices(g->w->image))) {
-				p = &g->next;
-				continue;
-			}
-			*p = g->next;
-			adopt_group(k, g);
-		}
+		for (size_t i = 0; i < ARRAY_SIZE(parts); i++)
+			adopt_part(k, &groups, devices, parts[i]);
 }

@@ -896,9 +896,9 @@ static void register_memory(const char *name)
 }
 
 /*
- * Of two workloads that are memory alone, one known before and one after that with devices,
- * and of a memfd of its own that no IOAS maps: after a kexec nothing of it is retrieved
- * before the devices are restored.
+ * Of two workloads that are memory alone, one known before and one after those with devices,
+ * and of a memfd of one of these that no IOAS maps: after a kexec nothing of it is retrieved
+ * before the devices of both are restored.
  */
 Test(devices, do_not_wait_for_memory_that_they_do_not_map)
 {
@@ -924,16 +924,23 @@ Test(devices, do_not_wait_for_memory_that_they_do_not_map)
 		     "register");
 	}
 	kho_client_free(k);
+	register_other();
 	register_memory("after");
 	client_exit(&c);
 	close(other);
 	must_stop(sim);
 
-	/* The sixth file is the first that no device needs. */
+	/* Five are devices and contexts, of both: the sixth is the first memory that one is restored with. */
 	sim_kexec(sim);
 	sim_start(sim, "start-incoming-file-retrieved:6", NULL);
 	cr_assert(sim_killed(sim_wait(sim)), "%s", sim_log(sim));
+	cr_assert(!strstr(sim_log(sim), "is restored"), "%s", sim_log(sim));
+
+	/* The ninth file is the first that no device needs. */
+	sim_start(sim, "start-incoming-file-retrieved:9", NULL);
+	cr_assert(sim_killed(sim_wait(sim)), "%s", sim_log(sim));
 	cr_assert(strstr(sim_log(sim), "Workload vm is restored"), "%s", sim_log(sim));
+	cr_assert(strstr(sim_log(sim), "Workload other is restored"), "%s", sim_log(sim));
 	cr_assert(!strstr(sim_log(sim), "was carried into"), "%s", sim_log(sim));
 	devices_are(true, "paging");
 	must_start(sim);
