@@ -1576,8 +1576,9 @@ struct vfio_device_feature_zpci_err {
  *	   other than MSI-X, are not kept pending by the device, so that without
  *	   this flag a live update of a device that uses one of them is refused.
  * @deadline_ms: How long the next kernel leaves the device running when nobody
- *		 retrieves its file, in milliseconds since it has found the device.
- *		 Then bus mastering is turned off. 0 for the kernel's default.
+ *		 retrieves its file, in milliseconds since it has found the device,
+ *		 at most a day. Then bus mastering is turned off. 0 for the
+ *		 kernel's default.
  *
  * Upon VFIO_DEVICE_FEATURE_SET, say how the device is to be treated when its file
  * is preserved over a live update by LIVEUPDATE_SESSION_PRESERVE_FD. Without it
