@@ -74,6 +74,18 @@ static bool holds(const struct khod *k)
 	return false;
 }
 
+/* Would reboot(2) refuse the loaded kernel, with what is held? As kho_luo_image_refuses(). */
+static int loaded_refuses(const struct khod *k, const char **why)
+{
+	bool devices = false;
+
+	if (!holds(k))
+		return 0;
+	for (const struct workload *w = k->workloads; w && !devices; w = w->next)
+		devices = w->image && kho_image_has_devices(w->image);
+	return kho_luo_image_refuses(k->kho, devices, why);
+}
+
 /*
  * Why a kexec is to be refused, into @why. @w: the workload that it is about; NULL: it is the
  * loaded kernel. Return: 1, 0: it is not, -EBUSY: a kernel is just being loaded.
@@ -89,7 +101,7 @@ static int refusal(const struct khod *k, char why[INHIBIT_WHY_MAX], const struct
 			 workload_reason(*w));
 		return 1;
 	}
-	r = holds(k) ? kho_luo_image_refuses(k->kho, &text) : 0;
+	r = loaded_refuses(k, &text);
 	if (r > 0)
 		snprintf(why, INHIBIT_WHY_MAX, "The loaded kernel would not take over what is held: %s",
 			 text);
@@ -286,7 +298,7 @@ static void on_prepared(struct khod *k, void *userdata, int r, const char *objec
 static bool image_refuses(struct khod *k)
 {
 	const char *why;
-	int r = holds(k) ? kho_luo_image_refuses(k->kho, &why) : 0;
+	int r = loaded_refuses(k, &why);
 
 	if (r == 0)
 		return false;

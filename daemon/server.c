@@ -868,6 +868,16 @@ static Kho__Control__WorkloadState state_to_wire(enum workload_state state)
 	return KHO__CONTROL__WORKLOAD_STATE__STATE_UNSPECIFIED;
 }
 
+static Kho__Control__Memory memory_to_wire(const struct workload *w)
+{
+	if (w->state == WORKLOAD_FAILED)
+		return KHO__CONTROL__MEMORY__MEMORY_UNSPECIFIED;
+	if (w->brought)
+		return KHO__CONTROL__MEMORY__MEMORY_SOON;
+	return w->session >= 0 && !w->stray ? KHO__CONTROL__MEMORY__MEMORY_PRESERVED :
+					      KHO__CONTROL__MEMORY__MEMORY_AT_HANDOVER;
+}
+
 static void to_info(const struct khod *k, struct workload *w, Kho__Control__WorkloadInfo *info)
 {
 	uint64_t left = deadline_left(k, w);
@@ -898,6 +908,7 @@ static void to_info(const struct khod *k, struct workload *w, Kho__Control__Work
 	}
 	/* The last moment of it is not "for ever". */
 	info->claim_left_sec = left == UINT64_MAX ? 0 : 1 + (uint32_t)(left / 1000000);
+	info->memory = memory_to_wire(w);
 	info->count = workload_n_files(w);
 	info->bytes = workload_bytes(w);
 }

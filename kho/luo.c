@@ -69,12 +69,14 @@ int kho_luo_available(struct kho *kho, struct kho_error **err)
 	return 0;
 }
 
-int kho_luo_image_refuses(struct kho *kho, const char **why)
+int kho_luo_image_refuses(struct kho *kho, bool devices, const char **why)
 {
 	static const struct {
 		const char *word;
 		const char *why;
+		bool devices;		/* of them only */
 	} words[] = {
+		{ "no-devices", "it knows nothing of devices that keep running", .devices = true },
 		{ "no-data", "it was not loaded by kexec_file_load(2): use khoctl kexec --kernel, or kexec -s" },
 		{ "kho-off", "its command line says kho=off" },
 		{ "liveupdate-off", "its command line lacks liveupdate=on" },
@@ -93,7 +95,7 @@ int kho_luo_image_refuses(struct kho *kho, const char **why)
 	text[n] = 0;
 	text[strcspn(text, "\n")] = 0;
 	for (size_t i = 0; i < ARRAY_SIZE(words); i++)
-		if (strcmp(text, words[i].word) == 0) {
+		if (strcmp(text, words[i].word) == 0 && (devices || !words[i].devices)) {
 			*why = words[i].why;
 			return 1;
 		}

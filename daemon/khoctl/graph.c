@@ -242,6 +242,21 @@ const char *survival_name(enum kho_survival survival)
 	return survival == KHO_SURVIVAL_BEST_EFFORT ? "best-effort" : "must-survive";
 }
 
+const char *memory_name(enum kho_memory memory)
+{
+	switch (memory) {
+	case KHO_MEMORY_PRESERVED:
+		return "preserved";
+	case KHO_MEMORY_SOON:
+		return "soon";
+	case KHO_MEMORY_AT_HANDOVER:
+		return "at-handover";
+	case KHO_MEMORY_UNKNOWN:
+		break;
+	}
+	return "unknown";
+}
+
 const char *restore_failure_name(enum kho_restore_failure failure)
 {
 	return failure == KHO_RESTORE_FAILURE_RELEASE ? "release" : "quiesce";

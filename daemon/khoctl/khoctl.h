@@ -67,7 +67,10 @@ int khoctl_json_option(const struct verb *verb, int argc, char **argv, int n, co
  */
 int khoctl_obstacles(struct khoctl *ctl, const char *kernel);
 
-/** khoctl_loaded_refuses() - would reboot(2) refuse the kernel that is loaded? If so, stderr says why */
+/**
+ * khoctl_loaded_refuses() - would reboot(2) refuse the kernel that is loaded, or would it die for want of
+ * scratch memory? If so, stderr says why
+ */
 bool khoctl_loaded_refuses(struct khoctl *ctl);
 /**
  * khoctl_preserve() - have every workload prepared and preserved
@@ -103,6 +106,8 @@ void print_graph(const struct kho_image *image);
 void json_graph(struct json *j, const struct kho_image *image);
 /** survival_name() - "must-survive" or "best-effort" */
 const char *survival_name(enum kho_survival survival);
+/** memory_name() - "preserved", "soon", "at-handover" or "unknown" */
+const char *memory_name(enum kho_memory memory);
 /** restore_failure_name() - "quiesce" or "release" */
 const char *restore_failure_name(enum kho_restore_failure failure);
 /** outcome_name() - "restored" etc. */

@@ -28,6 +28,7 @@ static void print_json(const struct kho_workload **w, size_t n)
 		json_u64(&j, "registered_usec", w[i]->registered_usec);
 		json_bool(&j, "claim_secret", w[i]->secret);
 		json_string(&j, "reason", w[i]->reason);
+		json_string(&j, "memory", memory_name(w[i]->memory));
 		json_u64(&j, "claim_left_sec", w[i]->claim_left_sec);
 		json_string(&j, "outcome", outcome_name(w[i]->outcome));
 		json_string(&j, "outcome_reason", w[i]->outcome_reason);
@@ -83,6 +84,10 @@ static int run(struct khoctl *ctl, int argc, char **argv)
 			       w[i]->unit[0] ? w[i]->unit : "-");
 			if (w[i]->reason[0])
 				printf("  %s\n", w[i]->reason);
+			if (w[i]->memory == KHO_MEMORY_SOON)
+				puts("  preserved for the next kexec in a moment, at the latest when one is announced");
+			if (w[i]->memory == KHO_MEMORY_AT_HANDOVER)
+				puts("  preserved when a handover is prepared: pages in scratch memory are moved then");
 			if (w[i]->claim_left_sec)
 				printf("  to be claimed within %" PRIu32 " s\n", w[i]->claim_left_sec);
 			if (w[i]->outcome == KHO_OUTCOME_QUIESCED)

@@ -65,14 +65,49 @@ static bool read_line(const char *path, char *buf, size_t size)
 	return ok;
 }
 
+/* Of KHO's scratch memory, in bytes, from /sys/kernel/kexec. False: the kernel does not tell. */
+static bool read_bytes(const char *name, uint64_t *ret)
+{
+	char path[64], line[32];
+
+	snprintf(path, sizeof(path), "/sys/kernel/kexec/%s", name);
+	if (!read_line(path, line, sizeof(line)))
+		return false;
+	*ret = strtoull(line, NULL, 10);
+	return true;
+}
+
+/*
+ * How much scratch memory there is, and what a kernel like this one takes of it with what is loaded.
+ * False: there is no kexec handover, or a kernel that does not tell.
+ */
+static bool scratch(uint64_t *size, uint64_t *needed, uint64_t *loaded)
+{
+	*loaded = 0;
+	if (!read_bytes("kho_scratch_size", size) || *size == 0 || !read_bytes("kho_scratch_needed", needed))
+		return false;
+	(void)read_bytes("kho_image_size", loaded);
+	return true;
+}
+
 bool khoctl_loaded_refuses(struct khoctl *ctl)
 {
+	uint64_t size, needed, loaded;
+	char have[32], want[32];
 	const char *why;
 
-	if (kho_luo_image_refuses(ctl->kho, &why) <= 0)
-		return false;
-	fprintf(stderr, "khoctl: the loaded kernel would not take over what is held: %s\n", why);
-	return true;
+	/* What khod holds it looks at itself. */
+	if (kho_luo_image_refuses(ctl->kho, false, &why) > 0) {
+		fprintf(stderr, "khoctl: the loaded kernel would not take over what is held: %s\n", why);
+		return true;
+	}
+	if (scratch(&size, &needed, &loaded) && size < needed + loaded) {
+		fprintf(stderr,
+			"khoctl: there is %s of scratch memory, and the loaded kernel needs about %s with its initrd: boot with a larger kho_scratch=\n",
+			human_size(size, have), human_size(needed + loaded, want));
+		return true;
+	}
+	return false;
 }
 
 /* @kernel: going to be loaded instead of what is; NULL: none. */
@@ -83,10 +118,13 @@ static void check_kernel(struct flight *p, struct khoctl *ctl, const char *kerne
 
 	if (!read_line("/sys/kernel/kexec_loaded", line, sizeof(line)))
 		item(p, "kexec", false, true, "this kernel cannot kexec (CONFIG_KEXEC_FILE)");
-	else if (strcmp(line, "1") == 0 && !kernel && kho_luo_image_refuses(ctl->kho, &why) > 0)
+	else if (strcmp(line, "1") == 0 && !kernel && kho_luo_image_refuses(ctl->kho, false, &why) > 0)
 		item(p, "kexec", false, true,
 		     "the loaded kernel would not take over what is held, and a kexec would end in a cold reboot: %s",
 		     why);
+	else if (strcmp(line, "1") == 0 && !kernel && kho_luo_image_refuses(ctl->kho, true, &why) > 0)
+		item(p, "kexec", false, false,
+		     "a kernel is loaded, but %s: a kexec with a workload that has some is refused", why);
 	else if (strcmp(line, "1") == 0)
 		item(p, "kexec", true, true, "a kernel is loaded");
 	else
@@ -127,17 +165,12 @@ static uint64_t boot_size(const char *path)
  */
 static void check_scratch(struct flight *p, const char *kernel)
 {
-	char line[32], have[32], want[32];
-	uint64_t size, needed;
+	uint64_t size, needed, loaded;
+	char have[32], want[32];
 
-	if (!read_line("/sys/kernel/kexec/kho_scratch_size", line, sizeof(line)))
-		return;		/* no kexec handover, or a kernel that does not tell */
-	size = strtoull(line, NULL, 10);
-	if (!size || !read_line("/sys/kernel/kexec/kho_scratch_needed", line, sizeof(line)))
+	if (!scratch(&size, &needed, &loaded))
 		return;
-	needed = strtoull(line, NULL, 10);
-	if (kernel)
-		needed += boot_size(kernel);
+	needed += kernel ? boot_size(kernel) : loaded;
 	item(p, "scratch", size >= needed, true,
 	     size >= needed ? "%s, a kernel like this one needs about %s" :
 	     "%s, but a kernel like this one needs about %s and would die before it has a console: boot with a larger kho_scratch=",
@@ -221,10 +254,11 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 
 	switch (w->state) {
 	case KHO_WORKLOAD_HELD:
-		/* Pages in scratch were moved out of it when they were preserved. */
-		item(p, w->name, true, true,
-		     "held, %zu files, %s, preserved already: no page is moved in the blackout",
-		     w->n_files, human_size(w->bytes, size));
+		/* Pages in scratch were moved out of it when they were preserved, or the last time. */
+		item(p, w->name, true, true, "held, %zu files, %s, %s: no page is moved in the blackout",
+		     w->n_files, human_size(w->bytes, size),
+		     w->memory == KHO_MEMORY_SOON ? "to be preserved before the next kexec" :
+						    "preserved already");
 		return;
 	case KHO_WORKLOAD_LEASED:
 		if (w->obstacle[0])
@@ -232,8 +266,11 @@ static void check_workload(struct flight *p, const struct kho_workload *w)
 			     must ? "it would stop a handover" : "a handover would leave it behind", w->obstacle);
 		else
 			item(p, w->name, true, true,
-			     "leased, %zu files, %s: its client is asked before a handover%s", w->n_files,
+			     "leased, %zu files, %s%s: its client is asked before a handover%s", w->n_files,
 			     human_size(w->bytes, size),
+			     w->memory == KHO_MEMORY_AT_HANDOVER ?
+				     ", which could not be preserved ahead of it and takes its time then" :
+				     ", preserved already",
 			     must ? "" : ", which goes on without it if it is not ready");
 		return;
 	case KHO_WORKLOAD_UNREADABLE:

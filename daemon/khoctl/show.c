@@ -22,6 +22,7 @@ static void print_json(const struct kho_workload *w, const struct kho_image *ima
 	json_string(&j, "obstacle", w->obstacle);
 	json_string(&j, "survival", survival_name(w->survival));
 	json_string(&j, "restore_failure", restore_failure_name(w->restore_failure));
+	json_string(&j, "memory", memory_name(w->memory));
 	json_u64(&j, "claim_sec", w->claim_sec);
 	json_u64(&j, "claim_left_sec", w->claim_left_sec);
 	json_bool(&j, "may_lose_irq", w->may_lose_irq);

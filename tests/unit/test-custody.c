@@ -918,9 +918,24 @@ Test(custody, killed_in_what_was_put_off)
 	sweep("start-incoming", kill_put_off, false);
 }
 
+/* What khod tells of when the memory of the first workload is preserved. */
+static enum kho_memory memory_of_one(struct sim *s)
+{
+	struct kho_workloads *w = NULL;
+	struct kho_client *c = dial(kho, s);
+	enum kho_memory memory;
+
+	cr_assert(c && kho_client_list(c, &w, NULL) == 0 && kho_workloads_n(w) > 0, "%s", sim_log(s));
+	memory = kho_workloads_get(w, 0)->memory;
+	kho_workloads_free(w);
+	kho_client_free(c);
+	return memory;
+}
+
 /* Is it as it came over, and not preserved again yet? */
 static void must_be_put_off(struct sim *s, size_t workloads)
 {
+	cr_assert(memory_of_one(s) == KHO_MEMORY_SOON);
 	cr_assert(sim_sessions(s, true) == workloads, "%zu incoming sessions:\n%s", sim_sessions(s, true),
 		  sim_log(s));
 	cr_assert(sim_sessions(s, false) == workloads);
@@ -1034,6 +1049,7 @@ Test(custody, preserved_again_in_time)
 		for (int n = 0; n < 1000 && sim_store_memfds(s) > 0; n++)
 			usleep(10000);
 		must_rest(s, 1);
+		cr_assert(memory_of_one(s) == KHO_MEMORY_PRESERVED);
 		must_stop(s);
 	}
 	sim_kexec(s);

@@ -374,6 +374,21 @@ struct kho_workload_file {
 };
 
 /**
+ * enum kho_memory - when memory is preserved, and pages that lie in KHO's scratch are moved out of it
+ * @KHO_MEMORY_UNKNOWN: this khod does not tell
+ * @KHO_MEMORY_PRESERVED: it has been: none is moved when the kernel is replaced
+ * @KHO_MEMORY_SOON: it came over the last kexec, and is preserved for the next one in a moment, at the
+ *	latest when a kexec is announced; its pages lie where they can stay
+ * @KHO_MEMORY_AT_HANDOVER: when a handover is prepared, before any unit is stopped: to do so ahead has failed
+ */
+enum kho_memory {
+	KHO_MEMORY_UNKNOWN = 0,
+	KHO_MEMORY_PRESERVED = 1,
+	KHO_MEMORY_SOON = 2,
+	KHO_MEMORY_AT_HANDOVER = 3,
+};
+
+/**
  * struct kho_workload - one listed workload
  * @name: its name
  * @unit: systemd unit it was registered from, or ""
@@ -394,6 +409,7 @@ struct kho_workload_file {
  * @may_lose_irq: interrupts that its devices cannot keep pending may get lost
  * @obstacle: of a leased one, from kho_client_show() by root: why a handover would not take it along
  *	if it came now, or ""
+ * @memory: when it is preserved
  * @n_files: files in it
  * @bytes: sum of their sizes
  * @files: @n_files of them; NULL unless from kho_client_show()
@@ -417,6 +433,7 @@ struct kho_workload {
 	uint32_t claim_left_sec;
 	bool may_lose_irq;
 	const char *obstacle;
+	enum kho_memory memory;
 	size_t n_files;
 	uint64_t bytes;
 	const struct kho_workload_file *files;

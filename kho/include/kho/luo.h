@@ -42,6 +42,7 @@ int kho_luo_available(struct kho *kho, struct kho_error **err);
 /**
  * kho_luo_image_refuses() - would reboot(2) refuse the loaded kexec image?
  * @kho: handle
+ * @devices: are devices preserved, or memory alone?
  * @why: receives the reason, a static string, if it returns 1
  *
  * It does as soon as anything is preserved, and when all units are stopped already; systemd then
@@ -49,7 +50,7 @@ int kho_luo_available(struct kho *kho, struct kho_error **err);
  * Documentation/ABI/testing/sysfs-kernel-kexec-kho; it does not notify of changes.
  * Return: 1 yes; 0 no, nothing is loaded, or nothing is known; -EBUSY: one is just being loaded.
  */
-int kho_luo_image_refuses(struct kho *kho, const char **why);
+int kho_luo_image_refuses(struct kho *kho, bool devices, const char **why);
 
 /**
  * kho_luo_session_create() - create an outgoing session
