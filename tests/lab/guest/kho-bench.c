@@ -479,16 +479,16 @@ static int build_mixed(size_t len, uint64_t seed, char **out)
 static int build(size_t len, const char *pattern, int huge, uint64_t seed,
 		 char **out)
 {
-	size_t n = len / PAGE, every = 0, h = 0;
+	size_t n = len / PAGE, unit = huge ? HUGE / PAGE : 1, every = 0, h = 0;
 	char *p, *q = NULL;
 	int fd;
 
 	if (!strcmp(pattern, "mixed"))
 		return build_mixed(len, seed, out);
 	if (!strcmp(pattern, "hole"))
-		every = 99;
+		every = 99 * unit;
 	else if (!strcmp(pattern, "second"))
-		every = 1;
+		every = unit;
 	else if (strcmp(pattern, "contig")) {
 		errno = EINVAL;
 		die("pattern %s", pattern);
@@ -496,11 +496,11 @@ static int build(size_t len, const char *pattern, int huge, uint64_t seed,
 
 	fd = make_memfd("khobench", len, &p, huge);
 	if (every)
-		make_memfd("holes", (n / every + 1) * PAGE, &q, 0);
+		make_memfd("holes", (n / every + 1) * unit * PAGE, &q, huge);
 	for (size_t i = 0; i < n; i++) {
 		fill_page(p + i * PAGE, seed, i);
 		if (every && i % every == every - 1)
-			q[h++ * PAGE] = 1;
+			q[h++ * unit * PAGE] = 1;
 	}
 	*out = p;
 	return fd;

@@ -419,10 +419,21 @@ def dma_goes_on_after_an_abort(ctx, **kw):
     run.stayed_awake()
 
 
+@test(part="dma")
+def dma_of_an_igb_goes_on_after_an_abort(ctx):
+    """Of which the user asks for an FLR by its configuration, and is told that there is none."""
+    run = Run(ctx, device="igb", mode="abort")
+    run.no_packet_lost()
+    expect(run.lines("ok FLR while preserved"), f"no FLR was tried; see {run.vm.dir}")
+
+
 @everywhere
 @test()
 def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
-    """A next kernel without live update, without KHO, with ZONE_MOVABLE; INTx in a second session."""
+    """A next kernel without live update, without KHO, with ZONE_MOVABLE, that knows nothing of devices.
+
+    INTx in a second session: the first one's device was frozen, and was in use all the time.
+    """
     Run(ctx, mode="freezefail", options="dma.irq=1", **kw).no_packet_lost()
 
 
@@ -435,7 +446,7 @@ def a_session_without_files_keeps_no_kernel_from_being_booted(ctx):
 
 @test(part="dma")
 def dma_goes_on_if_another_function_does_not_go_along(ctx):
-    """It uses the same context, or did when that was preserved: looked at again at the freeze."""
+    """It uses the same context, from which it cannot be detached either: looked at again at the freeze."""
     Functions(ctx, mode="functionsleft").no_packet_lost()
 
 

@@ -106,10 +106,15 @@ def memory_comes_back_from_the_debug_kernel(ctx):
 
 @test(part="memory")
 def too_much_memory_is_refused_at_preserve(ctx):
-    """What does not fit outside of scratch: -ENOMEM, and not the end of the machine."""
-    got = hand_over(ctx.kernel(), Shape(900), memory="2G", kho_scratch="64M,1000M,64M",
-                    options="khobench.expect=enomem khobench.evict=0")
-    expect(got.old.get("preserve_failed") == "Cannot", f"preserve: {got.old.get('preserve_failed')}")
+    """What does not fit outside of scratch: -ENOMEM, and not the end of the machine.
+
+    With scratch that is large, with that of default size, and with memory that is movable.
+    """
+    for mib, memory, scratch, append in ((900, "2G", "64M,1000M,64M", ""), (3400, "4G", "", ""),
+                                         (1500, "3G", "", "kernelcore=1G")):
+        got = hand_over(ctx.kernel(), Shape(mib), memory=memory, kho_scratch=scratch,
+                        options=f"khobench.expect=enomem khobench.evict=0 {append}")
+        expect(got.old.get("preserve_failed") == "Cannot", f"preserve: {got.old.get('preserve_failed')}")
 
 
 @test(part="memory")
@@ -176,7 +181,8 @@ def a_damaged_map_is_refused_if_scratch_is_not_extended(ctx):
 @test()
 def preflight_finds_scratch_that_is_too_small(ctx):
     """What the next kernel cannot come up with is an obstacle; the default size is not."""
-    for scratch, memory, status in (("12M,12M,12M", "1G", 5), ("16M,16M,16M", "2G", 5), ("", "1G", 0)):
+    for scratch, memory, status in (("12M,12M,12M", "1G", 5), ("16M,16M,16M", "2G", 5), ("", "1G", 0),
+                                    ("", "10G", 0)):
         with ctx.vm(memory=memory, kho_scratch=scratch) as vm:
             vm.ready()
             shutil.copy(ctx.kernel() / "bzImage", vm.share / "next")
@@ -184,7 +190,16 @@ def preflight_finds_scratch_that_is_too_small(ctx):
             line = next((x for x in r.out.splitlines() if " scratch " in x), "")
             expect(line.startswith("OBSTACLE" if status else "ok"), f"{scratch or 'default'}: {r.out}")
             expect(r.status == status or not status, f"{scratch}: status {r.status}: {r.out}")
-            ctx.figure(scratch or "default", re.sub(r"\s+", " ", line))
+            # The same of what is loaded, which counts only then.
+            vm.run("kexec -s -l /lab/next --reuse-cmdline")
+            loaded = vm.run("khoctl preflight | grep ' scratch '", check=False).out
+            expect(loaded.split()[0] == line.split()[0], f"{scratch or 'default'}, loaded: {loaded}")
+            image = int(vm.run("cat /sys/kernel/kexec/kho_image_size; kexec -u").out)
+            expect(image > 20 << 20, f"a kernel of {image} bytes")
+            if status:
+                r = vm.run("khoctl kexec --kernel /lab/next --force --load; cat /sys/kernel/kexec_loaded", check=False)
+                expect("of scratch memory" in r.err, f"{scratch}: {r.out}{r.err}")
+            ctx.figure(scratch or f"default of {memory}", re.sub(r"\s+", " ", line))
             if not scratch:     # two areas of twice what is needed, rounded up, and none counts the other
                 size, needed = (int(x) >> 20 for x in vm.run(
                     "cat /sys/kernel/kexec/kho_scratch_size /sys/kernel/kexec/kho_scratch_needed").out.split())

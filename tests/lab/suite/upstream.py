@@ -7,6 +7,7 @@ stays true.
 """
 
 import re
+import time
 
 from lablib.check import expect, tap, test
 
@@ -23,6 +24,13 @@ KNOWN_SKIPS = {"iommu/iommufd": {
     r"|list_objects_of_all_types|group)$":
         "what a device without an IOMMU cannot have",
 }}
+# What a case of VFIO's programs says when it is skipped -> why it is, on the unpatched kernel, too.
+VFIO_SKIPS = {
+    r"mmap\(\) failed": "the guest has no huge pages of 1 GiB",
+    r"BAR too small": "the case takes a BAR of more than QEMU's devices have",
+    r"Driver does not support send_msi": "the suite's driver of that device has no way to ask for an interrupt",
+    r"MSI(-x)?: not supported": "a kind of interrupts that QEMU's device does not have",
+}
 VFIO_PROGRAMS = ("vfio_dma_mapping_test", "vfio_dma_mapping_mmio_test", "vfio_iommufd_setup_test",
                  "vfio_pci_device_test", "vfio_pci_driver_test")
 VFIO_DEVICES = {"igb": "0000:01:00.0", "nvme": "0000:02:00.0"}
@@ -59,7 +67,7 @@ def suite(ctx, vm, path, timeout, options=""):
 
 @test()
 def upstream_liveupdate(ctx):
-    """liveupdate, and the programs that carry files over a kexec; kho's own test beside it."""
+    """liveupdate, and the programs that carry files over a kexec; the kernel's KHO test beside it."""
     with ctx.vm(init="bare") as vm:
         vm.ready()
         suite(ctx, vm, "liveupdate/liveupdate", 120)
@@ -69,6 +77,22 @@ def upstream_liveupdate(ctx):
         expect(vm.console.find("KHO restore succeeded", vm.mark) is not None,
                "the kernel's KHO test did not find its data again")
         quiet(vm)
+
+
+@test()
+def upstream_kho(ctx):
+    """kho's program, as its vmtest.sh has it run: it kexecs, and the kernel's own test finds its data again.
+
+    The next kernel has no root file system, so that this is all that it does.
+    """
+    with ctx.vm(init="bare") as vm:
+        vm.ready()
+        start, kernel = len(vm.console.lines), vm.put_kernel(vm.kernel)
+        vm.run(f"mkdir -p /tmp/kho/proc /tmp/kho/debugfs && cp {SELFTESTS}/kho/init /tmp/kho/ && "
+               f"cp {kernel} /tmp/kho/kernel && grep -q kho=on /proc/cmdline")
+        vm.start_command("chroot /tmp/kho /init")
+        expect(vm.console.wait("KHO restore succeeded", start, time.monotonic() + 120, vm.alive) is not None,
+               f"the kernel's KHO test did not find its data again; see {vm.dir}/console.log")
 
 
 @test()
@@ -139,6 +163,9 @@ def vfio_cases(ctx, machine, unpatched) -> dict:
                 vm.run(f"cd {SELFTESTS}/vfio && ./{program} {address} > {log} 2>&1", 1800, check=False)
                 text = (vm.share / log.removeprefix("/lab/")).read_text(errors="replace")
                 passed, failed, skipped = tap(text)
+                unknown = [x for x in re.findall(r"# SKIP (.*)", text)
+                           if not any(re.search(k, x) for k in VFIO_SKIPS)]
+                expect(not unknown, f"{program}: cases were skipped for another reason than those known: {unknown}")
                 for state, names in (("ok", passed), ("not ok", failed), ("skip", skipped)):
                     got.update({f"{device} {program} {n}": state for n in names})
         quiet(vm)
@@ -169,7 +196,7 @@ def upstream_vfio_scalable(ctx):
 @test(part="suites", kernels=(("kunit", False, ""), ("kunit", True, "")))
 def kunit_of_io_page_tables(ctx):
     """Every format of generic_pt; what the unpatched kernel passes, and the series' own cases."""
-    passed = {}
+    passed, skipped = {}, {}
     for unpatched in (True, False):
         with ctx.vm(kernel=ctx.kernel("kunit", unpatched), init="bare", memory="1G",
                     append="kunit.autorun=1", cpus=1, name=f"{ctx.name}-{'un' if unpatched else ''}patched") as vm:
@@ -179,6 +206,10 @@ def kunit_of_io_page_tables(ctx):
             expect(totals, f"no suite of KUnit ran, see {vm.dir}/console.log")
             expect(not sum(t[1] for t in totals), f"cases fail, see {vm.dir}/console.log")
             passed[unpatched] = sum(t[0] for t in totals)
+            skipped[unpatched] = {m.group(1) for x in vm.console.lines
+                                  if (m := re.search(r"ok \d+ (\S.*?) # SKIP", x))}
             quiet(vm)
     ctx.figure("KUnit", f"{passed[False]} ok, {passed[True]} on the unpatched kernel")
     expect(passed[False] > passed[True], f"fewer cases than before: {passed}")
+    more = skipped[False] - skipped[True]
+    expect(not more, f"cases are skipped that are not on the unpatched kernel: {sorted(more)}")

@@ -225,7 +225,7 @@ int bind_vf(int fd, int ctx, int pf);
 int try_bind(void);
 int attach_dev(int fd, uint32_t pt);
 int try_attach(uint32_t id);
-void detach_dev(int fd);
+int try_detach(int fd);
 void map_bar(void);
 bool can_map_bar(void);
 void unmap_bar(void);
@@ -234,14 +234,23 @@ bool is_master(const char *bdf);
 void mark_trace(void);
 bool goes_to_d3hot(void);
 int try_hot_reset(int fd);
+bool has_flr(void);
+int try_flr(void);
+bool can_read_config(void);
+int write_by_eventfd(int reg, uint32_t val);
 void set_irqs(int fd, uint32_t index, unsigned int nr);
 uint64_t irq_count(unsigned int vector);
+
+/* frozen.c */
+void use_while_frozen(void);
+void was_used_while_frozen(void);
 
 /* luo.c */
 extern int session;
 int luo(void);
 void keep_luo(void);
 void load_kernel(int stage, int left, const char *add);
+void load_unaware_kernel(void);
 void load_crash_kernel(const char *add);
 int try_create_session(const char *name);
 void create_session(const char *name);

@@ -3,11 +3,17 @@
 
 #include "guest.h"
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/reboot.h>
+#include <sys/sendfile.h>
 #include <sys/syscall.h>
 #include <linux/kexec.h>
 #include <linux/liveupdate.h>
 #include <linux/reboot.h>
+
+/* Documentation/arch/x86/boot.rst */
+#define XLOADFLAGS 0x236
+#define XLF_PCI_LIVEUPDATE 0x100
 
 int session = -1;
 
@@ -26,12 +32,12 @@ static int open_kernel(int stage)
 }
 
 /* It gets this one's command line and something added, and an initrd if there is one. */
-static void load(int stage, int left, const char *add, unsigned long flags)
+static void load(int k, int stage, int left, const char *add, unsigned long flags)
 {
 	static char line[2048];
 	char *p = strstr(cmdline, " dma.stage=");
 	size_t n = p ? (size_t)(p - cmdline) : strcspn(cmdline, "\n");
-	int k = open_kernel(stage), initrd = open("/lab/initrd", O_RDONLY);
+	int initrd = open("/lab/initrd", O_RDONLY);
 
 	snprintf(line, sizeof(line), "%.*s dma.stage=%d dma.left=%d %s", (int)n, cmdline, stage,
 		 left, add);
@@ -44,13 +50,31 @@ static void load(int stage, int left, const char *add, unsigned long flags)
 
 void load_kernel(int stage, int left, const char *add)
 {
-	load(stage, left, add, 0);
+	load(open_kernel(stage), stage, left, add, 0);
+}
+
+/* One that does not say that it can be booted while devices run: xloadflags in its boot header. */
+void load_unaware_kernel(void)
+{
+	int k = open_kernel(2), copy = memfd_create("kernel", 0);
+	uint16_t flags;
+
+	check(copy, "memfd");
+	for (ssize_t n; (n = sendfile(copy, k, NULL, 1 << 20)) != 0;)
+		check(n, "copy of the kernel");
+	close(k);
+	check(pread(copy, &flags, sizeof(flags), XLOADFLAGS), "xloadflags");
+	if (!(flags & XLF_PCI_LIVEUPDATE))
+		die("the kernel does not say so either");
+	flags &= ~XLF_PCI_LIVEUPDATE;
+	check(pwrite(copy, &flags, sizeof(flags), XLOADFLAGS), "xloadflags");
+	load(copy, 2, 0, "", 0);
 }
 
 /* What is booted at a panic: the kernel of the first stage */
 void load_crash_kernel(const char *add)
 {
-	load(1, 0, add, KEXEC_FILE_ON_CRASH);
+	load(open_kernel(1), 1, 0, add, KEXEC_FILE_ON_CRASH);
 }
 
 static int kept = -1;

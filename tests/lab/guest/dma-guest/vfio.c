@@ -109,11 +109,11 @@ int try_attach(uint32_t id)
 	return attach_dev(dev, id);
 }
 
-void detach_dev(int fd)
+int try_detach(int fd)
 {
 	struct vfio_device_detach_iommufd_pt detach = { .argsz = sizeof(detach) };
 
-	check(ioctl(fd, VFIO_DEVICE_DETACH_IOMMUFD_PT, &detach), "detach");
+	return ioctl(fd, VFIO_DEVICE_DETACH_IOMMUFD_PT, &detach) ? -errno : 0;
 }
 
 static struct vfio_region_info region(int fd, uint32_t index)
@@ -190,8 +190,8 @@ void mark_trace(void)
 	close(fd);
 }
 
-/* Where control and status of power management are, in the configuration space at @base of @fd. */
-static off_t find_pm_ctrl(int fd, off_t base)
+/* Where the capability @id is in the configuration space at @base of @fd. */
+static off_t find_capability(int fd, off_t base, uint8_t id)
 {
 	uint8_t cap[2];		/* what it is, and where the next one is */
 
@@ -200,11 +200,11 @@ static off_t find_pm_ctrl(int fd, off_t base)
 		off_t at = base + cap[1];
 
 		check(pread(fd, cap, sizeof(cap), at), "read capability");
-		if (cap[0] == PCI_CAP_ID_PM)
-			return at + PCI_PM_CTRL;
+		if (cap[0] == id)
+			return at;
 	}
 	errno = ENODEV;
-	die("power management");
+	die("capability");
 }
 
 /*
@@ -218,13 +218,57 @@ bool goes_to_d3hot(void)
 	uint16_t ctrl;
 
 	check(config, "config");
-	at = find_pm_ctrl(fd, base);
+	at = find_capability(fd, base, PCI_CAP_ID_PM) + PCI_PM_CTRL;
 	check(pread(fd, &ctrl, sizeof(ctrl), at), "read power state");
 	ctrl |= PCI_PM_CTRL_STATE_MASK;
 	check(pwrite(fd, &ctrl, sizeof(ctrl), at), "write power state");
 	check(pread(config, &ctrl, sizeof(ctrl), at - base), "read power state");
 	close(config);
 	return ctrl & PCI_PM_CTRL_STATE_MASK;
+}
+
+bool has_flr(void)
+{
+	off_t at = find_capability(dev, region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, PCI_CAP_ID_EXP);
+	uint32_t cap;
+
+	check(pread(dev, &cap, sizeof(cap), at + PCI_EXP_DEVCAP), "device capabilities");
+	return cap & PCI_EXP_DEVCAP_FLR;
+}
+
+/* As a VMM does for its guest. */
+int try_flr(void)
+{
+	off_t at = find_capability(dev, region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, PCI_CAP_ID_EXP);
+	uint16_t ctrl;
+
+	check(pread(dev, &ctrl, sizeof(ctrl), at + PCI_EXP_DEVCTL), "device control");
+	ctrl |= PCI_EXP_DEVCTL_BCR_FLR;
+	return pwrite(dev, &ctrl, sizeof(ctrl), at + PCI_EXP_DEVCTL) < 0 ? -errno : 0;
+}
+
+/* Not while it is frozen. */
+bool can_read_config(void)
+{
+	static off_t config;
+	uint16_t id;
+
+	if (!config)
+		config = region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset;
+	return pread(dev, &id, sizeof(id), config) == sizeof(id);
+}
+
+/* Return: an eventfd, by which @val comes into the register. */
+int write_by_eventfd(int reg, uint32_t val)
+{
+	struct vfio_device_ioeventfd io = {
+		.argsz = sizeof(io), .flags = VFIO_DEVICE_IOEVENTFD_32, .data = val,
+		.offset = region(dev, VFIO_PCI_BAR0_REGION_INDEX).offset + reg, .fd = eventfd(0, 0),
+	};
+
+	check(io.fd, "eventfd");
+	check(ioctl(dev, VFIO_DEVICE_IOEVENTFD, &io), "IOEVENTFD");
+	return io.fd;
 }
 
 /* Of all devices on its bus, or in its slot, by the owner of one of them. */
