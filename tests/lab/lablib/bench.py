@@ -1,25 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""make bench: each figure with its baseline, from alternating pairs of the same run.
+"""Figures, each with its baseline, from alternating pairs of the same run.
 
 blackout     reboot(2) to the first instruction of userspace
 service gap  a workload stopped to the same workload running again, with its memory in hand:
              claimed from khod, or passed by systemd
 
-Baseline and measured alternate in one guest, which of them first in turn, so that both see
-the same machine; pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The
-guest has two CPUs: on one, what systemd starts side by side comes one after the other.
+The first four figures are both of these by time. Baseline and measured alternate in one guest, which
+of them first in turn, so that both see the same machine; pairs are taken until the 95 % interval is
+within 1 % of the ratio, or 30 of them. The guest has two CPUs: on one, what systemd starts side by
+side comes one after the other.
 
-gap          the service gap with memory in khod and in systemd's fd store, by instructions
-restore      what khod restores after a kexec beside the same set up cold (bench_restore.py)
-plain        a kexec that hands nothing over beside the unpatched kernel's, by instructions
-shapes       preserved memory by itself, see bench_memory.py
-goals        the same for what has a goal, patched alone
-custody      the same in khod under systemd, until khod is ready and devices are swapped
-noiommu, vtd a handover of a device beside its cold set-up, see bench_device.py
-areas        its blackout with one area and with 100,000
-replace      its moves from one HWPT to another beside those of the unpatched driver
-image        the state image of a million areas to bytes and back, beside memcpy and json-c;
-             on this host, without a guest
+idle          khod holding nothing, beside a plain systemctl kexec without khod
+memory        1 GiB in khod, beside the same in systemd's own fd store
+workloads-8   64 MiB in khod as 8 workloads, beside the same as one
+workloads-64  the same with 64 workloads
+gap           the service gap of `memory`, by instructions
+restore       what khod restores after a kexec, beside the same set up cold
+plain         the blackout of a kexec that hands nothing over, beside the unpatched kernel's, by instructions
+shapes        preserved memory by itself, by size, shape and folio, beside the unpatched kernel
+goals         the same for what has a goal, patched alone
+custody       the same in khod under systemd, until khod is ready and devices are swapped
+noiommu, vtd  a handover of a device, beside its cold set-up
+areas         its blackout with one area and with 100,000, by instructions
+replace       its moves from one HWPT to another, beside those of the unpatched driver
+image         the state image of a million areas to bytes and back, beside memcpy and json-c;
+              on this host, without a guest
+
+Six write files of the project anew; a short run, too, replaces what a long one gave:
+
+restore       docs/results/bench-restore.md
+shapes        docs/results/blackout.md, blackout.json, docs/blackout.svg
+goals         docs/results/blackout-goals.md
+custody       docs/results/custody.md, custody.json
+noiommu, vtd  docs/results/bench-noiommu.md, bench-vtd.md
 """
 
 import re

@@ -159,7 +159,7 @@ def parser():
 tree     unpack Debian's source, apply kernel-patches/ as commits on the branch `series`,
          print the folder; edit the commits there
 build    build it (cached by source version, patches, configuration and compiler); prints the folder
-export   write the commits back to kernel-patches/, numbered, with the cover letter's list
+export   write the commits back to kernel-patches/, the files' names numbered, with the cover letter's list
 discard  drop commits and changes that were not exported
 headers  copy the uAPI headers that libkho needs from the tree to kho/uapi/""",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,9 +179,15 @@ image    all of it as a disk image (default)""",
     r.add_argument("part", nargs="?", default="image", choices=("run", "build", "package", "image"))
     r.set_defaults(run=verb_rootfs)
 
-    for name, fn, text in (("run", verb_run, "boot a guest and run a command in it, or lines from stdin"),
-                           ("loop", verb_loop, "kexec a guest N times in a row")):
-        g = verbs.add_parser(name, help=text, description=f"""{text}. The guest sees the folder
+    for name, fn, text, more in (
+            ("run", verb_run, "boot a guest and run a command in it, or lines from stdin",
+             "Without COMMAND each line of stdin is a command for the guest; the line `kexec` loads the "
+             "same kernel once more and replaces the running one by it. With COMMAND its exit status is "
+             "the lab's."),
+            ("loop", verb_loop, "kexec a guest N times in a row",
+             "COMMAND is run in the guest after each kexec. The first kexec that does not come up, or "
+             "COMMAND that fails, ends the loop: exit status 1, and the logs are kept.")):
+        g = verbs.add_parser(name, help=text, description=f"""{text}. {more} The guest sees the folder
 `share` of the run's logs as /lab: what is put there goes in, what it writes there comes
 back. The lab says where the logs are.""")
         if name == "loop":
@@ -196,7 +202,8 @@ back. The lab says where the logs are.""")
         g.add_argument("--qemu", default="", metavar="SERIES",
                        help="7.2, fetched when needed; default: the profile's, else the installed one")
         g.add_argument("--device", action="append", default=[],
-                       help=", ".join(DEVICES) + "; can be given more than once")
+                       help=", ".join(DEVICES) + "; can be given more than once; +e1000e is "
+                       "another function of the device before it, and so with the other NICs")
         g.add_argument("--init", default="systemd" if name == "run" else "bare",
                        choices=("systemd", "bare"), help="PID 1 (default: %(default)s)")
         g.add_argument("--memory", help="default: 1G; 3G with the debug kernel")
@@ -204,11 +211,14 @@ back. The lab says where the logs are.""")
         g.add_argument("--append", default="", help="more for the kernel's command line")
         g.add_argument("--trace", action="append", default=[], metavar="EVENT", help="a QEMU trace event")
         g.add_argument("--send", type=positive, metavar="RATE", help="send so many numbered packets a second "
-                       "to the first NIC, and count those that it writes to memory")
+                       "to the first NIC, and count those that it writes to memory. The NIC writes none before a "
+                       "driver in the guest has set it up: `--init systemd --device e1000e --append lab.nic` "
+                       "starts the lab's own")
         g.add_argument("--pressure", action="store_true",
                        help="each new kernel poisons freed memory, uses up all that is free, compacts")
         g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds (default 600)")
-        g.add_argument("command", nargs="*", metavar="COMMAND", help="after --")
+        g.add_argument("command", nargs="*", metavar="COMMAND",
+                       help="after --; one word is a line for the guest's shell")
         g.set_defaults(run=fn)
 
     t = verbs.add_parser("trace", help="what the devices of a run did, by QEMU's trace", description="""
@@ -239,10 +249,12 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
                    help="the IOMMU, if any (default: %(default)s)")
     d.set_defaults(run=verb_demo)
 
-    b = verbs.add_parser("bench", help="figures, each with its baseline from the same run")
-    b.add_argument("names", nargs="*", metavar="FIGURE", help=", ".join(bench.FIGURES))
-    b.add_argument("--minutes", type=float, default=0, help="begin no pair of a figure after so long")
-    b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs (default 30)")
+    b = verbs.add_parser("bench", help="figures, each with its baseline from the same run",
+                         description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    b.add_argument("names", nargs="*", metavar="FIGURE", help="default: all, which takes many hours")
+    b.add_argument("--minutes", type=float, default=0, help="begin no pair, or round, of a figure after so long")
+    b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs or rounds (default 30); "
+                   "some figures take fewer")
     b.set_defaults(run=verb_bench)
 
     c = verbs.add_parser("cache", help="print the folder of the cache")
