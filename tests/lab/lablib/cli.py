@@ -34,17 +34,27 @@ def verb_rootfs(a):
           rootfs.package() if a.part == "package" else full_image())
 
 
+def traced(a) -> list:
+    """The trace events asked for; with --send those, too, by which the first NIC's DMA is counted."""
+    if not a.send:
+        return a.trace
+    kinds = (k.lstrip("+") for k in a.device)
+    nic = next((k for k in kinds if k in DEVICES and DEVICES[k][1]), None)
+    if nic not in trace.BUFFER_WRITES:
+        raise LabError(f"--send needs a NIC whose DMA is counted, {' or '.join(trace.BUFFER_WRITES)}, as the first "
+                       f"one of --device, not {nic or 'none'}")
+    return [*a.trace, trace.BUFFER_WRITES[nic], "pci_cfg_write"]
+
+
 @contextlib.contextmanager
 def guest(a):
     """The guest that the options of `run` and `loop` describe, up; with --send while it gets packets."""
     debug = "debug" in (a.kernel, vars(a).get("next"))
     needs = {**(DEBUG_GUEST if debug else {}), **({"memory": a.memory} if a.memory else {})}
+    events = traced(a)
     with VM(kernel.build(a.kernel, as_is=a.as_is), full_image(), name=a.verb, machine=a.machine,
             devices=a.device, init=a.init, cpus=a.cpus, append=a.append, pressure=a.pressure, qemu=a.qemu,
-            trace=[*a.trace, *(trace.NIC_EVENTS if a.send else ())], boot_timeout=SLOW if debug else None,
-            **needs) as vm:
-        if a.send and not vm.senders:
-            raise LabError("--send needs a NIC: --device e1000e, igb or virtio-net")
+            trace=events, boot_timeout=SLOW if debug else None, **needs) as vm:
         vm.ready()
         with sending(vm, a.send):
             yield vm
@@ -211,9 +221,9 @@ back. The lab says where the logs are.""")
         g.add_argument("--append", default="", help="more for the kernel's command line")
         g.add_argument("--trace", action="append", default=[], metavar="EVENT", help="a QEMU trace event")
         g.add_argument("--send", type=positive, metavar="RATE", help="send so many numbered packets a second "
-                       "to the first NIC, and count those that it writes to memory. The NIC writes none before a "
-                       "driver in the guest has set it up: `--init systemd --device e1000e --append lab.nic` "
-                       "starts the lab's own")
+                       "to the first NIC, e1000e or igb, and count those that it writes to memory. The NIC writes "
+                       "none before a driver in the guest has set it up: `--init systemd --device e1000e "
+                       "--append lab.nic` starts the lab's own")
         g.add_argument("--pressure", action="store_true",
                        help="each new kernel poisons freed memory, uses up all that is free, compacts")
         g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds (default 600)")

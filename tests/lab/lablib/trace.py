@@ -14,8 +14,8 @@ LINE = re.compile(r"^(?:\d+@(\d+\.\d+):)?([a-z][a-z0-9_]+) (.*)$")
 BUFFER = re.compile(r"addr: (0x[0-9a-f]+), offset: (\d+), from: \S+, length: (\d+)")
 CONFIG = re.compile(r"^(\S+) (\S+) @(0x[0-9a-f]+) <- (0x[0-9a-f]+)")
 
-# What tells of DMA into guest memory and of writes to a device's configuration.
-BUFFER_WRITES = {"e1000e_rx_desc_buff_write", "igb_rx_desc_buff_write"}
+# A NIC -> the event that tells of its DMA into guest memory. A virtio-net has none that says where.
+BUFFER_WRITES = {"e1000e": "e1000e_rx_desc_buff_write", "igb": "igb_rx_desc_buff_write"}
 
 
 @dataclass
@@ -41,7 +41,7 @@ def count(path: Path) -> Counter:
 
 def dma_writes(path: Path):
     """(time, address as the device issued it, length) of each packet buffer written."""
-    for e in read(path, BUFFER_WRITES):
+    for e in read(path, BUFFER_WRITES.values()):
         m = BUFFER.search(e.text)
         if m:
             yield e.when, int(m.group(1), 16) + int(m.group(2)), int(m.group(3))

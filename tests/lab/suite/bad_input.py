@@ -352,6 +352,16 @@ def unknown_names(ctx):
         s.refused(s.lab("bench", "no-such-figure"), "no figure named no-such-figure")
 
 
+@test(kernels=(), image=False)
+def packets_to_a_nic_that_is_not_counted(ctx):
+    """Before anything is built: what it wrote to memory would always be 0."""
+    with Scratch() as s:
+        for devices in ((), ("nvme",), ("virtio-net", "e1000e")):
+            words = [w for d in devices for w in ("--device", d)]
+            # Should it go on to build, it finds no space.
+            s.refused(s.lab("run", "--send", "5", *words, KHO_LAB_NEED_GIB="1000000"), "--send needs a NIC", "or igb")
+
+
 @test()
 def a_guest_that_never_comes_up(ctx):
     """A hang ends by a timeout that shows the last lines and where the logs are."""
