@@ -272,6 +272,18 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
     return p
 
 
+def arguments(words):
+    """The arguments @words; what follows `--` is COMMAND, which argparse does not find behind N and an option."""
+    at = words.index("--") if "--" in words else len(words)
+    p = parser()
+    a = p.parse_args(words[:at])
+    if words[at + 1:]:
+        if "command" not in a:
+            p.error(f"the verb {a.verb} takes no COMMAND: {' '.join(words[at:])}")
+        a.command += words[at + 1:]
+    return a
+
+
 def interrupted(_signal, _frame):
     """Guests and half-made folders go when the lab is ended, however that is done."""
     kill_all()
@@ -286,7 +298,7 @@ def of_system(e: OSError) -> str:
 
 
 def main():
-    a = parser().parse_args()
+    a = arguments(sys.argv[1:])
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(sig) != signal.SIG_IGN:     # nohup
             signal.signal(sig, interrupted)

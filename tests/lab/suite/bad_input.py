@@ -362,6 +362,25 @@ def packets_to_a_nic_that_is_not_counted(ctx):
             s.refused(s.lab("run", "--send", "5", *words, KHO_LAB_NEED_GIB="1000000"), "--send needs a NIC", "or igb")
 
 
+COMMANDS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import cli
+for words in ("loop 2 --init bare -- make -j 3", "loop --init bare 2 -- make -j 3", "run -- make -j 3"):
+    print(*cli.arguments(words.split()).command)
+cli.arguments(["cache", "--", "make"])
+"""
+
+
+@test(kernels=(), image=False)
+def a_command_is_what_follows_two_dashes(ctx):
+    """Whatever is before them; where a verb takes none it is refused."""
+    with Scratch() as s:
+        r = s.python(COMMANDS)
+        expect(r.stdout == "make -j 3\n" * 3 and r.returncode == 2 and "cache takes no COMMAND" in r.stderr,
+               f"{r.stdout}{r.stderr}")
+
+
 @test()
 def a_guest_that_never_comes_up(ctx):
     """A hang ends by a timeout that shows the last lines and where the logs are."""

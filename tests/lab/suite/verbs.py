@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The verbs as somebody types them: what a guest's command gave comes back, and packets are counted."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from lablib.check import expect, test
+from lablib.common import LAB
+
+# It drives the NIC until it has seen a packet, and ends with a status of its own.
+NIC = """
+echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled
+echo vfio-pci > /sys/bus/pci/devices/0000:01:00.0/driver_override
+echo 0000:01:00.0 > /sys/bus/pci/drivers_probe
+/usr/lib/khod/tests/nic --alone --status /run/nic.status &
+for i in $(seq 600); do grep -qs 'seen=[1-9]' /run/nic.status && break; sleep 0.1; done
+kill $!; wait
+cat /run/nic.status
+echo and an error >&2
+exit 7
+"""
+# In the second kernel it finds what it left on the disk in the first.
+ONCE = "test ! -e /root/once && touch /root/once"
+
+
+def lab(*words):
+    r = subprocess.run([LAB / "lab", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                       timeout=1200, check=False)
+    expect("Traceback" not in r.stderr, r.stderr[-2000:])
+    return r
+
+
+@test()
+def lab_run_gives_back_what_a_command_gave(ctx):
+    """Status, output and errors; with --send, how many packets the NIC wrote to memory."""
+    r = lab("run", "--init", "bare", "--device", "e1000e", "--send", "100", "--", NIC)
+    seen = re.search(r"^seen=(\d+)$", r.stdout, re.M)
+    expect(r.returncode == 7 and "and an error\n" in r.stderr and seen,
+           f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
+    sent, landed = map(int, re.search(r"(\d+) packets sent, (\d+) written to memory", r.stderr).groups())
+    expect(sent >= landed >= int(seen[1]) > 0, f"{sent} sent, {landed} written, {seen[1]} seen by the driver")
+    ctx.figure("packets", f"{sent} sent, {landed} by DMA, {seen[1]} seen")
+
+
+@test()
+def lab_loop_stops_at_the_first_failure(ctx):
+    """The command fails after the second kexec: no third one, and it is said where the logs are."""
+    r = lab("loop", "3", "--init", "bare", "--", ONCE)
+    expect(r.returncode == 1 and re.findall(r"^kexec (\d)", r.stdout, re.M) == ["1"],
+           f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
+    logs = re.search(r"the logs of this guest are in (\S+)", r.stderr)
+    expect(f"'{ONCE}' gave 1" in r.stderr and logs, r.stderr[-2000:])
+    console = Path(logs[1]) / "console.log"
+    boots = console.read_text(errors="replace").count("Linux version ")
+    expect(boots == 3, f"{boots} boots in {console}")
+    shutil.rmtree(logs[1])
