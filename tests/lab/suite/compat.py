@@ -29,7 +29,8 @@ def preflight_tells_what_the_next_kernel_would_lose(ctx):
     """The same kernel takes over all; another handler's name, no notes, half an image: obstacles."""
     with ctx.vm(memory="1G") as vm:
         vm.ready()
-        shutil.copy(ctx.kernel() / "bzImage", vm.share / "same")
+        build = ctx.kernel()
+        shutil.copy(build / "bzImage", vm.share / "same")
         same = (vm.share / "same").read_bytes()
         (vm.share / "cut").write_bytes(same[:1 << 20])
         packed = vmlinux(same)
@@ -37,7 +38,7 @@ def preflight_tells_what_the_next_kernel_would_lose(ctx):
             expect(packed.count(what) > 0, f"the kernel has no note with {what}")
             (vm.share / name).write_bytes(packed.replace(what, b"x" + what[1:]))
         vm.run("kexec -s -l /lab/same --reuse-cmdline")
-        preflight(vm, ("same", 0, "/lab/same, 7.3.4-minimal takes over all"),
+        preflight(vm, ("same", 0, f"/lab/same, {(build / 'release').read_text().strip()} takes over all"),
                   ("other", 5, "/lab/other has not the file handler vfio-pci-v1"),
                   ("bare", 5, "/lab/bare does not say what it can take over"),
                   ("cut", 5, "/lab/cut cannot be read as a kernel: it is cut off"))
