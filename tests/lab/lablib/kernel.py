@@ -325,7 +325,9 @@ def check_config(dotconfig: Path, frags: list) -> None:
             if have.get(k, "n") != v]
     missing = [f"CONFIG_{o}" for o in REQUIRED if have.get(f"CONFIG_{o}") not in ("y", "m")]
     if missing:
-        raise LabError("the kernel configuration lacks what the lab needs: " + ", ".join(missing))
+        raise LabError("the kernel configuration lacks what the lab needs: " + ", ".join(missing)
+                       + "; add it, and what it depends on, to one of these in tests/lab/config/: "
+                       + ", ".join(f.name for f in frags))
     if lost:
         raise LabError("the kernel configuration did not take: " + ", ".join(lost)
                        + "; a dependency is missing in tests/lab/config/")
