@@ -327,15 +327,17 @@ def a_kernel_is_built_from_what_it_says(ctx):
             (beside / "Makefile").unlink()
 
 
-@test(image=False)
+@test(kernels=(), image=False)
 def a_configuration_that_lacks_something(ctx):
     """Found before an hour of building: the options that make a guest of the lab."""
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=cache_dir()) as tmp:
         config = Path(tmp) / "lacking.config"
         text = "".join(f.read_text() for f in kernel.fragments("minimal"))
         config.write_text(text.replace("CONFIG_NETWORK_FILESYSTEMS=y", ""))
-        subprocess.run(["make", "-s", f"O={tmp}", "allnoconfig"], cwd=kernel.tree(), check=True,
-                       env={**os.environ, "KCONFIG_ALLCONFIG": str(config)}, capture_output=True)
+        with kernel.tree_lock():
+            kernel.prepare()
+            subprocess.run(["make", "-s", f"O={tmp}", "allnoconfig"], cwd=kernel.tree(), check=True,
+                           env={**os.environ, "KCONFIG_ALLCONFIG": str(config)}, capture_output=True)
         try:
             kernel.check_config(Path(tmp) / ".config", [config])
             raise AssertionError("a configuration without 9P_FS was taken")

@@ -213,11 +213,11 @@ def preflight_finds_scratch_that_is_too_small(ctx):
                 expect(size <= 4 * (needed + 1) + 12, f"{size} MiB of scratch, and {needed} MiB are needed")
 
 
-@test(part="memory")
+@test(part="memory", kernels=(), image=False)
 def upstream_memblock(ctx):
     """tools/testing/memblock, with the series' cases, with and without NUMA."""
-    kernel.build()
     with kernel.tree_lock():
+        kernel.prepare()
         where = kernel.tree() / "tools/testing/memblock"
         for options in ([], ["NUMA=1"]):
             run(["make", "-s", "clean", "main", *options], cwd=where, what="building memblock's suite")
