@@ -32,6 +32,10 @@ from .profiles import device_args, profile
 
 AGENT_TIMEOUT, PROBE_TIMEOUT = 180, 20
 BOOTED = re.compile(r"Linux version (\S+)")
+# Memory is used up, or was by a unit that has ended before the agent could answer.
+PRESSURE = {"bare": "/usr/lib/khod-lab/memory-pressure",
+            "systemd": "systemctl is-active -q lab-memory-pressure || "
+                       "{ systemctl status --no-pager lab-memory-pressure; exit 1; }"}
 LIVE = set()        # guests whose QEMU runs
 PROBING = threading.Lock()
 
@@ -150,7 +154,8 @@ class VM:
               measures is the same however busy the host is (with TCG, never with KVM)
     @boot_timeout: seconds for a kernel to come up, until its agent answers
     @pressure: each kernel after a kexec clears freed memory, uses up all that is free and
-              compacts before anything else (with a bare init: before kexec() returns)
+              compacts before anything else (with a bare init: before kexec() returns), and
+              finds what it wrote there unchanged
     """
 
     def __init__(self, kernel: Path, image: Path, *, name="run", machine="noiommu", devices=(),
@@ -487,8 +492,8 @@ class VM:
         self.mark = len(self.console.lines)
         self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
         self.next_boot("the kexec", timeout)
-        if self.pressure and self.init == "bare":
-            self.run("/usr/lib/khod-lab/memory-pressure")
+        if self.pressure:
+            self.run(PRESSURE[self.init])
         return self
 
     def release(self) -> str:

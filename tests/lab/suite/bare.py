@@ -2,6 +2,7 @@
 """The lab itself: guests with a bare init, kexecs in a row, DMA counted from outside."""
 
 from lablib.check import expect, test
+from lablib.common import LabError
 from lablib.profiles import PROFILES
 
 
@@ -34,6 +35,21 @@ def three_bare_kexecs_in_a_row(ctx):
 @test(part="kexec")
 def forty_bare_kexecs_in_a_row(ctx):
     kexec_loop(ctx, 40)
+
+
+@test(part="kexec")
+def control_memory_pressure_that_fails_is_noticed(ctx):
+    """Whichever init is to use up the memory."""
+    for init in ("bare", "systemd"):
+        with ctx.vm(init=init, pressure=True, name=f"pressure-{init}") as vm:
+            vm.ready()
+            vm.run("ln -sf /bin/false /usr/lib/khod-lab/memory-pressure; sync")
+            try:
+                vm.kexec()
+                text = ""
+            except LabError as e:
+                text = str(e)
+            expect(vm.boots == 2 and "memory-pressure" in text, f"{init}: {vm.boots} boots, {text or 'no error'}")
 
 
 def comes_up(ctx, machine, devices, *words):

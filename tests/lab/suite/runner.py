@@ -190,3 +190,29 @@ def each_kernel_gets_its_own_words(ctx):
     """Of the next kernel, which is another one than the guest's first."""
     with Scratch() as s:
         expect(passes(s, WORDS_OF_KERNELS, KHO_LAB_ACCEL="tcg") == "False True\n", "no5lvl goes by the first kernel")
+
+
+PRESSURE = """
+asked = []
+def run(command):
+    asked.append(command)
+    raise kernel.LabError("it has found a page that changed")
+for init in ("bare", "systemd"):
+    vm = qemu.VM(Path("minimal-1"), "image", init=init, pressure=True)
+    vm.console = type("Console", (), {"lines": [], "thread": type("Thread", (), {"join": lambda *_: None})})
+    vm.start_command = vm.next_boot = lambda *_: None
+    vm.run = run
+    try:
+        vm.reboot_loaded()
+        raise AssertionError(f"{init}: nobody asked")
+    except kernel.LabError:
+        vm.stop()
+expect(len(asked) == 2 and all("memory-pressure" in a for a in asked), asked)
+"""
+
+
+@test(kernels=(), image=False)
+def memory_pressure_that_fails_ends_a_kexec(ctx):
+    """With systemd, too, where a unit of its own does it (in guests: bare.py)."""
+    with Scratch() as s:
+        passes(s, PRESSURE, KHO_LAB_ACCEL="tcg")
