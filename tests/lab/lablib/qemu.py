@@ -12,6 +12,7 @@ overlay of the disk, and no network of the host.
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from .emulator import Emulator, emulator
 from .profiles import device_args, profile
 
 AGENT_TIMEOUT, PROBE_TIMEOUT = 180, 20
+SO_SNDBUFFORCE, BUFFER = 32, 64 << 20       # <asm-generic/socket.h>
 BOOTED = re.compile(r"Linux version (\S+)")
 # Memory is used up, or was by a unit that has ended before the agent could answer.
 PRESSURE = {"bare": "/usr/lib/khod-lab/memory-pressure",
@@ -509,13 +511,22 @@ def kill_all() -> None:
 def buffered_pair(kind):
     """A pair of sockets with buffers large enough that the host never drops and QEMU never waits."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-    for s in (ours, theirs):
-        for plain, force in ((socket.SO_SNDBUF, 32), (socket.SO_RCVBUF, 33)):
-            with contextlib.suppress(OSError):
-                s.setsockopt(socket.SOL_SOCKET, plain, 64 << 20)
-            with contextlib.suppress(OSError):
-                s.setsockopt(socket.SOL_SOCKET, force, 64 << 20)
+    for s in (ours, theirs):        # what is under way counts into the buffer of who wrote it
+        try:
+            s.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+        except PermissionError:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+            warn_of_limit()
     return ours, theirs
+
+
+@functools.cache
+def warn_of_limit() -> None:
+    """Once in a process: an ordinary user gets no larger buffer than the host allows."""
+    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    if limit < BUFFER:
+        say(f"WARNING: this user's sockets have buffers of {limit >> 10} KiB; what a guest says while the host is "
+            f"busy may be lost, and packets wait; 'sysctl net.core.wmem_max={BUFFER}', as root, ends that")
 
 
 THREAD = threading.local()

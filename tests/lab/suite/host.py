@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The lab on its host: when guests get KVM, and two runs of the lab side by side."""
 
+from pathlib import Path
+
 from lablib.check import expect, test
+from lablib.qemu import BUFFER
 from suite.bad_input import Scratch, in_namespace
-from suite.runner import passes
+from suite.runner import LAB, passes
 
 QEMUS = {"works": 'case "$*" in *"-accel kvm"*) echo "VFS: Unable to mount root fs" ;; esac',
          "ends": 'echo "failed to initialize kvm" >&2; exit 1',
@@ -77,6 +80,24 @@ def two_runs_side_by_side(ctx):
     """Guests of one name have folders and sockets of their own, no port; old logs go, not the other run's."""
     with Scratch() as s:
         passes(s, SIDE_BY_SIDE, KHO_LAB_ACCEL="tcg")
+
+
+BUFFERS = LAB + """
+import socket
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    for s in qemu.buffered_pair(kind):
+        s.close()
+"""
+
+
+@test(kernels=(), image=False)
+def an_ordinary_user_is_told_of_small_buffers(ctx):
+    """Once, with what to do; whom the host lets have large ones is not."""
+    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    with Scratch() as s:
+        r = s.python(BUFFERS, in_namespace("--user", "--map-root-user"))
+        told = r.stderr.count(f"'sysctl net.core.wmem_max={BUFFER}'")
+        expect(r.returncode == 0 and told == (limit < BUFFER), f"told {told} times: {r.stderr}")
 
 
 NOTES = """
