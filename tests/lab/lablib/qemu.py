@@ -202,7 +202,7 @@ class VM:
 
     def __exit__(self, exc_type, exc, _tb):
         if exc is not None and not isinstance(exc, KeyboardInterrupt):
-            say(f"the logs of this guest are in {self.dir}")
+            say(f"the logs of this guest are in {self.dir}, and its disk.qcow2, an overlay over {self.image}")
             (self.dir / "failed").touch()
         self.stop()
 
@@ -307,7 +307,7 @@ class VM:
         return self.proc is not None and self.proc.poll() is None
 
     def stop(self):
-        """End the guest; the logs stay, the disk and the sockets go."""
+        """End the guest; the logs stay, of one that failed the disks, too, the sockets go."""
         if self.alive():
             self.proc.send_signal(signal.SIGTERM)
             try:
@@ -323,8 +323,10 @@ class VM:
             if s:
                 s.close()
         self.senders = []
-        for f in ("pid", "disk.qcow2", *(p.name for p in self.dir.glob("nvme*.raw"))):
-            (self.dir / f).unlink(missing_ok=True)
+        (self.dir / "pid").unlink(missing_ok=True)
+        if not (self.dir / "failed").exists():
+            for path in (*self.dir.glob("disk.qcow2"), *self.dir.glob("nvme*.raw")):
+                path.unlink()
         shutil.rmtree(self._sockdir, ignore_errors=True)
 
     # --- QMP -------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The runner of the tests itself: what it keeps, what it counts, what it lets pass."""
 
+import re
 import subprocess
 
 from lablib import kernel
@@ -23,6 +24,27 @@ def passes(s, code, prefix=(), **env):
     r = s.python(LAB + code, prefix, **env)
     expect(r.returncode == 0, r.stdout + r.stderr)
     return r.stdout
+
+
+DISKS = """
+def kept(error):
+    vm = qemu.VM(Path("kernel"), "image", name="disks")
+    for name in ("disk.qcow2", "nvme0.raw"):
+        (vm.dir / name).touch()
+    vm.__exit__(type(error), error, None)
+    return sorted(p.name for p in vm.dir.iterdir() if p.suffix in (".qcow2", ".raw"))
+print(kept(None), kept(KeyboardInterrupt()), kept(kernel.LabError("it hangs")))
+"""
+
+
+@test(kernels=(), image=False)
+def the_disks_of_a_guest_that_failed_are_kept(ctx):
+    """With its logs, and only of such a guest; where they are is said."""
+    with Scratch() as s:
+        r = s.python(LAB + DISKS, KHO_LAB_ACCEL="tcg")
+        expect(r.stdout == "[] [] ['disk.qcow2', 'nvme0.raw']\n", r.stdout + r.stderr)
+        expect(re.search(r"logs of this guest are in /\S+, and its disk.qcow2, an overlay over image\n", r.stderr),
+               f"not said where: {r.stderr}")
 
 
 LOGS = """

@@ -46,12 +46,13 @@ def lab_run_gives_back_what_a_command_gave(ctx):
 
 @test()
 def lab_loop_stops_at_the_first_failure(ctx):
-    """The command fails after the second kexec: no third one, and it is said where the logs are."""
+    """The command fails after the second kexec: no third one, and it is said where the logs and the disk are."""
     r = lab("loop", "3", "--init", "bare", "--", ONCE)
     expect(r.returncode == 1 and re.findall(r"^kexec (\d)", r.stdout, re.M) == ["1"],
            f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
-    logs = re.search(r"the logs of this guest are in (\S+)", r.stderr)
+    logs = re.search(r"the logs of this guest are in (\S+), and its (disk.qcow2)", r.stderr)
     expect(f"'{ONCE}' gave 1" in r.stderr and logs, r.stderr[-2000:])
+    expect((Path(logs[1]) / logs[2]).exists(), "the disk is gone")
     console = Path(logs[1]) / "console.log"
     boots = console.read_text(errors="replace").count("Linux version ")
     expect(boots == 3, f"{boots} boots in {console}")
