@@ -153,17 +153,27 @@ def note(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def building(target: Path):
-    """Build into a sibling folder and rename it to @target when all went well."""
-    tmp = target.with_name(target.name + ".new")
-    shutil.rmtree(tmp, ignore_errors=True)
+    """Build into a folder beside @target that is this run's alone, and rename it when all went well.
+
+    Two runs may build the same, of two kernel trees with one cache: what is first there stays.
+    """
+    forget_half_done(target.parent, target.name)
+    tmp = target.with_name(f"{target.name}.{os.getpid()}.new")
     tmp.mkdir(parents=True)
     try:
         yield tmp
-    except BaseException:
+        if not target.exists():
+            tmp.rename(target)
+    finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    tmp.rename(target)
+
+
+def forget_half_done(folder: Path, name: str) -> None:
+    """Remove what runs that were killed had in building() for @name in @folder."""
+    for old in folder.glob(f"{name}.*.new"):
+        pid = old.name.split(".")[-2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

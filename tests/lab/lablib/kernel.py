@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 from .apt import Apt
-from .common import (LAB, PROJECT, LabError, building, cache_dir, changes, digest, if_unlocked,
-                     last_lines, lock, need_program, need_space, note, run, say, step)
+from .common import (LAB, PROJECT, LabError, building, cache_dir, changes, digest, forget_half_done,
+                     if_unlocked, last_lines, lock, need_program, need_space, note, run, say, step)
 
 PACKAGE = "linux-source-7.3"
 PATCHES = PROJECT / "kernel-patches"
@@ -135,6 +135,7 @@ def unpack(deb: Path) -> None:
         with open(tmp / ".git/info/exclude", "a", encoding="ascii") as f:
             f.write("/build-*/\n")
         (tmp / ".git/lab-version").write_text(version + "\n")
+        shutil.rmtree(dest, ignore_errors=True)     # no tree of the lab's
 
 
 # --- the series ---------------------------------------------------------------
@@ -430,6 +431,7 @@ def compile_kernel(src: Path, config: str, frags: list, release: str, out: Path)
 
 def prune(store: Path, keep: int) -> None:
     """Builds are small, but not for ever: the least recently used go."""
+    forget_half_done(store, "*")
     builds = sorted((p for p in store.iterdir() if not p.name.endswith(".new")),
                     key=lambda p: p.stat().st_mtime)
     for old in builds[:-keep]:

@@ -123,3 +123,42 @@ def what_one_run_notes_another_reads_whole(ctx):
     """And two may note the same at the same time."""
     with Scratch() as s:
         passes(s, NOTES)
+
+
+HALF_DONE = """
+import os
+from lablib.common import building, cache_dir
+target, other = cache_dir() / "kernels/minimal-1", cache_dir() / "kernels/minimal-2"
+def leave(name):
+    pid = os.fork()
+    if not pid:
+        with building(name) as tmp:
+            (tmp / "bzImage").write_text("half of it")
+            os._exit(0)
+    os.waitpid(pid, 0)
+def left():
+    return len(list(target.parent.glob("*.new")))
+leave(target)
+leave(other)
+expect(left() == 2, "nothing is left by runs that were killed")
+with building(target) as first:
+    expect(left() == 2, "what a run left is there after the next one has begun")
+    run_two = os.fork()
+    if not run_two:
+        with building(target) as second:
+            expect(first.exists() and second != first, "the other run removed what this one builds")
+            (second / "bzImage").write_text("two")
+        os._exit(0)
+    expect(os.waitpid(run_two, 0)[1] == 0, "see above")
+    (first / "bzImage").write_text("one")
+expect((target / "bzImage").read_text() == "two" and left() == 1, "what was there, and may be in use, was replaced")
+kernel.prune(target.parent, 1)
+expect(left() == 0 and target.exists(), "what a run left stays for ever")
+"""
+
+
+@test(kernels=(), image=False)
+def two_runs_that_build_the_same(ctx):
+    """Of trees of their own with one cache: each in its folder; what runs that were killed left goes."""
+    with Scratch() as s:
+        passes(s, HALF_DONE)
