@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 from .common import LabError, cache_dir, lock, run, say
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+UNSIGNED = "is not signed|Hash Sum mismatch"       # as apt-get says it
 SUITES = ("trixie", "trixie-backports", "forky", "sid", "experimental")
 
 
@@ -85,20 +86,28 @@ class Apt:
         return [x for k, v in opts.items() for x in ("-o", f"{k}={v}")]
 
     @locked
-    def update(self) -> None:
-        uri = mirror()
-        (self.dir / "etc/sources.list").write_text("".join(
-            f"deb [signed-by={KEYRING}] {uri} {s} main\n" for s in self.suites))
-        try:
-            run(["apt-get", *self.options(), "-q", "update", "-o", "APT::Update::Error-Mode=any"],
-                what="reading Debian's package lists")
-        except LabError as e:
-            if re.search("is not signed|Hash Sum mismatch", str(e)):
-                raise LabError(f"Debian's mirror {uri} is refused: what it has is not what was signed with a key of "
-                               f"{KEYRING} ({e}); try again later, or use another mirror") from e
-            raise LabError(f"no network: Debian's mirror {uri} could not be read ({e}); "
-                           "check the connection, or put the packages into the cache "
-                           f"{cache_dir()} from another machine") from e
+    def update(self) -> list:
+        """Read the lists of the suites; one that the mirror does not have is told, and done without.
+
+        So is one that it cannot give now. These are returned: what is in no other may be there.
+        """
+        uri, left, unread = mirror(), list(self.suites), []
+        while True:
+            (self.dir / "etc/sources.list").write_text("".join(
+                f"deb [signed-by={KEYRING}] {uri} {s} main\n" for s in left))
+            try:
+                run(["apt-get", *self.options(), "-q", "update", "-o", "APT::Update::Error-Mode=any"],
+                    what="reading Debian's package lists")
+                return unread
+            except LabError as e:
+                said = "\n".join(re.findall("^E: .*", str(e), re.M))
+                lacks = [s for s in left if f" {s} Release' " in said]
+                failed = [s for s in left if f"/dists/{s}/" in said]
+                left = [s for s in left if s not in lacks + failed]
+                if not left or not lacks + failed or re.search(UNSIGNED, str(e)):
+                    raise unreadable(uri, e) from e
+                say(f"WARNING: Debian's mirror {uri} gives nothing of {', '.join(lacks + failed)}:\n{said}")
+                unread += failed
 
     @locked
     def versions(self, package: str) -> list:
@@ -154,6 +163,15 @@ class Apt:
              "--allow-downgrades", "--no-install-recommends", "-o", "Debug::NoLocking=1", "install", *packages],
             what=f"fetching {', '.join(packages)}")
         return sorted(store.glob("*.deb"))
+
+
+def unreadable(uri: str, e: LabError) -> LabError:
+    """What to say of the mirror @uri, of which apt-get said @e."""
+    if re.search(UNSIGNED, str(e)):
+        return LabError(f"Debian's mirror {uri} is refused: what it has is not what was signed with a key of "
+                        f"{KEYRING} ({e}); try again later, or use another mirror")
+    return LabError(f"no network, or no mirror of what is needed: Debian's mirror {uri} could not be read ({e}); "
+                    f"check the connection, or put the packages into the cache {cache_dir()} from another machine")
 
 
 def newer_or_equal(a: str, b: str) -> bool:

@@ -86,8 +86,11 @@ def fetch() -> Path:
         return deb
     need_space(store, 1, "the kernel's source package")
     apt = Apt()
-    apt.update()
+    unread = apt.update()
     have = apt.versions(PACKAGE)
+    if want not in have and unread:
+        raise LabError(f"Debian's mirror has no {PACKAGE} {want} in what it gave, and could not give "
+                       f"{', '.join(unread)}; try again later")
     if not have:
         raise LabError(f"Debian's mirror has no {PACKAGE} in any of {', '.join(apt.suites)}")
     if want not in have:

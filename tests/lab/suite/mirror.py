@@ -61,7 +61,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from lablib import apt, cli, kernel
 apt.KEYRING, apt.mirror = Path(os.environ["KEY"]), lambda: os.environ["MIRROR"]
-kernel.Apt = lambda: apt.Apt(("sid",))
+kernel.Apt = lambda: apt.Apt(os.environ["SUITES"].split())
 """
 TREE = LAB + "sys.argv[1:] = ['kernel', 'tree']; sys.exit(cli.main())"
 FETCH = LAB + "print(kernel.fetch().name, kernel.source_version())"
@@ -92,7 +92,7 @@ class Mirror(Scratch):
 
     def environment(self, **env):
         return super().environment(**{"APT_CONFIG": str(self.dir / "apt.conf"), "KEY": str(self.key),
-                                      "MIRROR": f"file:{self.mirror}", **env})
+                                      "MIRROR": f"file:{self.mirror}", "SUITES": "sid", **env})
 
 
 def taken(result, version, warnings):
@@ -124,6 +124,33 @@ def a_mirror_that_is_no_longer_updated(ctx):
     """Its Release file has expired, which is tolerated; of two versions that which was tested is taken."""
     with Mirror(OLD) as s:
         taken(s.python(FETCH), OLD, warnings=0)
+
+
+@test(kernels=(), image=False)
+def a_mirror_that_lacks_a_suite(ctx):
+    """The source is in another one; the lack is told, and no excuse for what is not signed."""
+    with Mirror(OLD) as s:
+        s.refused(s.python(TREE, SUITES="trixie forky"), "could not be read", "trixie", "forky")
+        (s.suite / "InRelease").write_text(IN_RELEASE.replace("2020", "2021"))
+        s.refused(s.python(TREE, SUITES="trixie sid"), "is refused", "signed")
+        s.restore()
+        r = s.python(FETCH, SUITES="trixie sid experimental")
+        taken(r, OLD, warnings=1)
+        expect("nothing of trixie, experimental:" in r.stderr, r.stderr)
+
+
+@test(kernels=(), image=False)
+def a_suite_that_cannot_be_read_for_now(ctx):
+    """What is not in the others may be in it: nothing stands in for that, as it would for what is gone."""
+    for base, found in ((OLD, True), ("7.3.0-0", False)):
+        with Mirror(base) as s:
+            (s.mirror / "dists/trixie").mkdir()
+            (s.mirror / "dists/trixie/InRelease").write_text(IN_RELEASE)
+            r = s.python(FETCH if found else TREE, SUITES="trixie sid")
+            if found:
+                taken(r, OLD, warnings=1)
+            else:
+                s.refused(r, "7.3.0-0", "trixie; try again later")
 
 
 @test(kernels=(), image=False)
