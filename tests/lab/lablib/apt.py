@@ -143,12 +143,13 @@ class Apt:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         say(f"fetching {package} {version}")
-        run(["apt-get", *self.options(), "-q", "download", f"{package}={version}"], cwd=tmp,
-            what=f"fetching {package} {version}")
-        deb = next(tmp.glob("*.deb"))
-        deb = deb.rename(into / deb.name)
-        tmp.rmdir()
-        return deb
+        try:
+            run(["apt-get", *self.options(), "-q", "download", f"{package}={version}"], cwd=tmp,
+                what=f"fetching {package} {version}")
+            deb = next(tmp.glob("*.deb"))
+            return deb.rename(into / deb.name)
+        finally:
+            shutil.rmtree(tmp)
 
     @locked
     def download_all(self, packages) -> list:

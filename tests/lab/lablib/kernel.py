@@ -93,13 +93,15 @@ def fetch() -> Path:
                        f"{', '.join(unread)}; try again later")
     if not have:
         raise LabError(f"Debian's mirror has no {PACKAGE} in any of {', '.join(apt.suites)}")
-    if want not in have:
-        say(f"WARNING: {PACKAGE} {want}, with which the series was tested, is gone from the "
-            f"mirror; taking {have[0]}")
-        deb = apt.download(PACKAGE, have[0], store)
-        note(instead(), have[0] + "\n")
-        return deb
-    return apt.download(PACKAGE, want, store)
+    tested = recorded_version()
+    take = next((v for v in (want, tested) if v in have), have[0])
+    if take not in (want, tested):
+        say(f"WARNING: {PACKAGE} {tested}, with which the series was tested, is gone from the "
+            f"mirror; taking {take}")
+    deb = apt.download(PACKAGE, take, store)
+    if take != want:
+        note(instead(), take + "\n")
+    return deb
 
 
 def git(*args, cwd=None, **kw) -> str:
@@ -263,7 +265,11 @@ def export() -> None:
         for new in sorted(Path(tmp).iterdir()):
             new.rename(PATCHES / new.name)
     write_applied([(digest(p), c) for p, c in zip(patches(), commits)])
-    (PATCHES / "BASE").write_text(f"{PACKAGE} {(tree() / '.git/lab-version').read_text().strip()}\n")
+    version, tested = (tree() / ".git/lab-version").read_text().strip(), recorded_version()
+    if tested and version != tested:
+        say(f"WARNING: the tree is {PACKAGE} {version}, and the series was tested with {tested}; "
+            "kernel-patches/BASE names the former now")
+    (PATCHES / "BASE").write_text(f"{PACKAGE} {version}\n")
     cover.write_text(text)
     say(f"{len(commits)} patches written to kernel-patches/")
 

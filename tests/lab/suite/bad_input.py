@@ -271,8 +271,24 @@ def commits_that_were_not_exported(ctx):
         expect(git(tree, "rev-parse", "series") == series, "the branch was moved")
         names = sorted(p.name for p in (s.project / "kernel-patches").glob("*.patch"))
         expect(names == ["0001-one.patch", "0002-two.patch"], f"the patches are now {names}")
-        expect(s.lab("kernel", "export").returncode == 0, "not exported")
+        r = s.lab("kernel", "export")
+        expect(r.returncode == 0 and "WARNING" not in r.stderr, f"not exported: {r.stderr}")
         expect((s.project / "kernel-patches/0003-three.patch").exists(), "the commit was not exported")
+
+
+@test(kernels=(), image=False)
+def an_export_from_another_source(ctx):
+    """From a version that stands in for the one tested, which BASE forgets: it is said."""
+    with Scratch() as s:
+        tree, tested = small_tree(s), kernel.recorded_version()
+        expect(s.lab("kernel", "tree").returncode == 0, "no tree")
+        commit(tree, "one")
+        (tree / ".git/lab-version").write_text("7.3.0-0\n")
+        r = s.lab("kernel", "export")
+        expect(r.returncode == 0 and re.search(f"WARNING: .* 7.3.0-0, .* tested with {re.escape(tested)}", r.stderr),
+               r.stderr)
+        base = (s.project / "kernel-patches/BASE").read_text()
+        expect(base == f"{kernel.PACKAGE} 7.3.0-0\n", f"BASE is {base}")
 
 
 BUILDS = """

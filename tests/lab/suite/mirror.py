@@ -163,9 +163,22 @@ def a_source_that_is_gone_from_the_mirror(ctx):
         (s.mirror / f"{NEW}.deb").write_bytes(b"something else")
         s.refused(s.python(TREE), "Hash Sum mismatch")
         expect(s.python(LAB + "print(kernel.source_version())").stdout == "7.3.0-0\n", "what was not fetched is built")
+        expect(not list((s.cache / "packages").iterdir()), "something is left of what was not fetched")
         s.restore()
         r = s.python(FETCH)
         taken(r, NEW, warnings=1)
         expect("7.3.0-0" in r.stderr, f"not said what is gone: {r.stderr}")
         shutil.rmtree(s.mirror)
         taken(s.python(FETCH), NEW, warnings=0)
+
+
+@test(kernels=(), image=False)
+def a_source_that_stood_in_and_is_gone(ctx):
+    """What was tested is taken if it is back; else it is that, and not what stood in, which is said to be gone."""
+    for base, version, warnings in ((OLD, OLD, 0), ("7.3.0-0", NEW, 1)):
+        with Mirror(base) as s:
+            (s.cache / "packages").mkdir()
+            (s.cache / f"packages/instead-of-{base}").write_text("7.3.1-1\n")
+            r = s.python(FETCH)
+            taken(r, version, warnings)
+            expect("7.3.1-1" not in r.stderr and r.stderr.count("7.3.0-0") == warnings, r.stderr)
