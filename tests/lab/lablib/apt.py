@@ -21,19 +21,15 @@ SUITES = ("trixie", "trixie-backports", "forky", "sid", "experimental")
 
 
 def mirror() -> str:
-    """The URI of the Debian archive in the system's apt configuration."""
-    out = run(["apt-get", "indextargets", "--format", "$(SIGNED_BY)|$(REPO_URI)|$(RELEASE)",
-               "Created-By: Packages"], what="reading the system's apt configuration")
-    uris = []
-    for line in out.splitlines():
-        uri = entry(line.split("|")[1]).rstrip("/")
-        path = urlparse(uri).path.rstrip("/")
-        if path.endswith("/debian") or path == "/debian":
-            uris.append(uri)
-    if not uris:
-        raise LabError("the system's apt configuration names no Debian mirror "
-                       "(no URI that ends in /debian); add one to /etc/apt/sources.list")
-    return uris[0]
+    """The URI of the Debian archive in the system's apt configuration; others, too, may end in /debian."""
+    out = run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages", "Origin: Debian"],
+              what="reading the system's apt configuration")
+    uris = [entry(line).rstrip("/") for line in out.splitlines()]
+    found = next((u for u in uris if urlparse(u).path.endswith("/debian")), None)
+    if not found:
+        raise LabError("the system's apt configuration names no Debian mirror (of Origin Debian, with a URI that "
+                       "ends in /debian); add one to /etc/apt/sources.list, or run 'apt-get update' if there is one")
+    return found
 
 
 def entry(uri: str) -> str:

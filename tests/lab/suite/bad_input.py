@@ -86,34 +86,48 @@ def no_network(ctx):
                f"no closing line: {r.stdout}{r.stderr}")
 
 
-# Debian's cloud images have their mirrors in a file, which apt names with a slash at the end.
-APT_GET = """echo "$*" >> "$ASKED"
-[ "$1" = indextargets ] && echo "$3" | sed "s,\\$(REPO_URI),mirror+file:$LIST/,; s,\\$([A-Z_]*),,g"
-exit 0"""
+# Debian's cloud images have their mirrors in a file, which apt names with a slash at the end. Nothing
+# is named before it was updated; what somebody else has comes first, and is not of Debian's origin.
+APT_GET = """echo "$DEBIAN_FRONTEND $*" >>"$ASKED"
+case "$*" in
+*update) touch "$LISTS" ;;
+indextargets*)
+	[ -e "$LISTS" ] || exit 0
+	case "$*" in *"Origin: Debian"*) ;; *) echo https://third.example/linux/debian/ ;; esac
+	echo "mirror+file:$LIST/" ;;
+esac"""
 DPKG_QUERY = """case "$3 $4" in
 *Version*) echo "$QEMU" ;;
 *qemu-utils) ;;
 *) echo installed ;;
 esac"""
+SUDO = 'unset DEBIAN_FRONTEND; exec "$@"'
 MIRROR = "import sys; sys.path.insert(0, sys.argv[1]); from lablib import apt; print(apt.mirror())"
+BACKPORTS = "^noninteractive .* install .*bookworm-backports qemu-system-x86 qemu-utils$"
+TOOLS = "^noninteractive .* install --no-install-recommends qemu-utils$"
 
 
 @test(kernels=(), image=False)
 def a_mirror_that_is_a_list_and_qemu_without_its_tools(ctx):
     """The list is read by the lab and by setup, which installs qemu-img for a QEMU that is there already."""
     with Scratch() as s:
-        mirrors = s.dir / "debian.list"
+        mirrors, lists, asked = s.dir / "debian.list", s.dir / "lists", s.dir / "asked"
         mirrors.write_text("# nearest first\nhttp://mirror.example/debian priority:1\nhttp://other.example/debian\n")
-        env = {"PATH": s.programs(apt_get=APT_GET, dpkg_query=DPKG_QUERY, sudo='exec "$@"'),
-               "LIST": str(mirrors), "ASKED": str(s.dir / "asked")}
+        env = {"PATH": s.programs(apt_get=APT_GET, dpkg_query=DPKG_QUERY, sudo=SUDO, id="echo 1000"),
+               "LIST": str(mirrors), "LISTS": str(lists), "ASKED": str(asked)}
+        r = s.python(MIRROR, **env)
+        expect(r.returncode == 1 and "run 'apt-get update'" in r.stderr, f"without lists: {r.stdout}{r.stderr}")
+        lists.touch()
         r = s.python(MIRROR, **env)
         expect(r.stdout == "http://mirror.example/debian\n", f"the mirror is {r.stdout}{r.stderr}")
-        for qemu, word in (("1:7.2+dfsg-7", "install .*bookworm-backports qemu-system-x86 qemu-utils"),
-                           ("1:10.0.2+ds-1", "install --no-install-recommends qemu-utils$")):
+        for qemu, word in (("installed 1:7.2+dfsg-7", BACKPORTS), ("config-files 1:10.0.2+ds-1", BACKPORTS),
+                           ("installed 1:10.0.2+ds-1", TOOLS)):
+            asked.unlink()
+            lists.unlink(missing_ok=True)
             r = subprocess.run([str(s.project / "tests/lab/setup")], capture_output=True, text=True, check=False,
                                env=s.environment(QEMU=qemu, **env))
-            asked = (s.dir / "asked").read_text()
-            expect(r.returncode == 0 and re.search(word, asked, re.M), f"{r.stderr}{asked}")
+            said = asked.read_text()
+            expect(r.returncode == 0 and re.search(word, said, re.M), f"{qemu}: {r.stderr}{said}")
         sources = (s.cache / "apt-backports/sources.list").read_text()
         expect(sources.count(" http://mirror.example/debian bookworm") == 3, f"setup reads from {sources}")
 
