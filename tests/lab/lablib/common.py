@@ -44,13 +44,13 @@ def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
-def need_space(path: Path, gib: float, what: str) -> None:
-    """Refuse before a long step, instead of failing in the middle of it."""
+def need_space(path: Path, gib: float, what: str, setting="KHO_CACHE") -> None:
+    """Refuse before a long step, instead of failing in the middle of it; @setting is what names @path."""
     gib = float(os.environ.get("KHO_LAB_NEED_GIB", gib))
     free = shutil.disk_usage(path).free / 2**30
     if free < gib:
         raise LabError(f"no space: {what} needs {gib:g} GiB in {path}, {free:.1f} GiB are free; "
-                       "remove something or set KHO_CACHE to a larger file system")
+                       f"remove something or set {setting} to a larger file system")
 
 
 def need_program(name: str) -> str:

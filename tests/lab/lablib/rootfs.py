@@ -26,6 +26,7 @@ import re
 import shlex
 import stat
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def _make_base(role: str, target: Path) -> None:
     need_program("mmdebstrap")
     check_privileges()
     need_space(cache_dir(), 3, "a Debian root file system")
+    need_space(Path(tempfile.gettempdir()), 1, "mmdebstrap", "TMPDIR")
     apt = Apt()
     apt.update()
     suite = apt.suite_with("systemd", SYSTEMD_AT_LEAST)
@@ -192,6 +194,10 @@ def _make_base(role: str, target: Path) -> None:
         try:
             _to_file(cmd, tar, log)
         except LabError as e:
+            if re.search("No space left|enough free space|quota exceeded", log.read_text(errors="replace")):
+                raise LabError(f"no space: mmdebstrap makes the {role} root file system in {tempfile.gettempdir()} "
+                               f"and packs it into {tmp} (the whole log is {log}); remove something, or set TMPDIR "
+                               "and KHO_CACHE to larger file systems") from e
             raise LabError(f"mmdebstrap could not make the {role} root file system from {suite} at "
                            f"{uri} (the whole log is {log}):\n{last_lines(log, 6)}\n"
                            "if packages were not found or did not match, the mirror has changed "

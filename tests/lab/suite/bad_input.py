@@ -169,6 +169,33 @@ def no_space(ctx):
         s.refused(r, "no space", "GiB", "KHO_CACHE")
 
 
+ROOT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import cli, rootfs
+rootfs.Apt.update = lambda self: []
+rootfs.Apt.suite_with = lambda *a: "sid"
+rootfs.mirror = lambda: "http://mirror.example/debian"
+sys.argv[1:] = ["rootfs", "run"]
+sys.exit(cli.main())
+"""
+
+
+@test(kernels=(), image=False)
+def no_space_for_a_root(ctx):
+    """Where mmdebstrap builds it, which is not the cache: before it begins, and when it has."""
+    with Scratch() as s:
+        tmp = s.dir / "tmp"
+        tmp.mkdir()
+        env = {"TMPDIR": str(tmp), "PATH": s.programs(mmdebstrap="echo tar: No space left on device >&2; exit 1")}
+        mount = f'mount -t tmpfs -o size=64M tmpfs {tmp} && exec "$@"'
+        r = s.python(ROOT, [*in_namespace("--mount"), "sh", "-c", mount, "sh"], **env)
+        s.refused(r, "no space: mmdebstrap needs", f"in {tmp}", "TMPDIR")
+        r = s.python(ROOT, KHO_LAB_NEED_GIB="0", **env)
+        s.refused(r, "no space: mmdebstrap makes", f"in {tmp}", "TMPDIR", "log/mmdebstrap-run.log")
+        expect("the mirror" not in r.stderr, r.stderr)
+
+
 FULL = """
 import sys
 sys.path.insert(0, sys.argv[1])
