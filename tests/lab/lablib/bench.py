@@ -134,33 +134,47 @@ def in_turn(n, *both) -> tuple:
 
 
 def measure(name, limit, seconds) -> None:
-    """Take and print the pairs of PAIRS[@name]: at most @limit, and none begun after @seconds."""
+    """Take and print the pairs of PAIRS[@name]: at most @limit, and none begun after @seconds.
+
+    What they come to is printed even if the guest hangs in a late one.
+    """
     text, baseline, measured, goal = PAIRS[name]
-    got = {"blackout": [], "service gap": []}
-    phases = {"baseline": [], "measured": []}
-    end = time.monotonic() + seconds
+    pairs, end = [], time.monotonic() + seconds
     print(f"\n{text}", flush=True)
-    with VM(kernel.build("minimal"), full_image(), name=f"bench-{name}", memory="5G", cpus=2,
-            prealloc=True, append="lab.workload") as vm:
-        vm.ready()
-        one(vm, plain)      # the first kexec of a guest is not like the later ones
-        for n in range(limit):
-            for kind, setup in in_turn(n, ("baseline", baseline), ("measured", measured)):
-                drop_memory(vm)
-                phases[kind].append(one(vm, setup))
-            row = [rows[-1] for rows in phases.values()]
-            got["blackout"].append(tuple(t.blackout for t in row))
-            got["service gap"].append(tuple(t.service_gap for t in row))
-            say(f"pair {len(got['blackout'])}: " + ", ".join(
-                f"{k} {v[-1][1]:.2f} s against {v[-1][0]:.2f} s" for k, v in got.items()))
-            ratios = {k: stats.ratio(v) for k, v in got.items()}
-            if all(r.narrow(WIDTH) for r in ratios.values()) or time.monotonic() > end:
-                break
-    for k, r in ratios.items():
-        means = [sum(x) / len(x) for x in zip(*got[k])]
+    try:
+        with VM(kernel.build("minimal"), full_image(), name=f"bench-{name}", memory="5G", cpus=2,
+                prealloc=True, append="lab.workload") as vm:
+            vm.ready()
+            one(vm, plain)      # the first kexec of a guest is not like the later ones
+            for n in range(limit):
+                took = {}
+                for setup in in_turn(n, baseline, measured):
+                    drop_memory(vm)
+                    took[setup] = one(vm, setup)
+                pairs.append((took[baseline], took[measured]))
+                say(f"pair {len(pairs)}: " + ", ".join(
+                    f"{k} {v[-1][1]:.2f} s against {v[-1][0]:.2f} s" for k, v in lengths(pairs).items()))
+                narrow = all(stats.ratio(v).narrow(WIDTH) for v in lengths(pairs).values())
+                if narrow or time.monotonic() > end:
+                    break
+    finally:
+        if pairs:
+            summary(pairs, goal)
+
+
+def lengths(pairs) -> dict:
+    """What is compared, in pairs of seconds."""
+    return {"blackout": [tuple(t.blackout for t in p) for p in pairs],
+            "service gap": [tuple(t.service_gap for t in p) for p in pairs]}
+
+
+def summary(pairs, goal) -> None:
+    """Print means, ratios and phases of the timelines @pairs."""
+    for k, v in lengths(pairs).items():
+        r, means = stats.ratio(v), [sum(x) / len(x) for x in zip(*v)]
         print(f"  {k:12} {means[1]:7.3f} s against {means[0]:7.3f} s: {r}{stats.verdict(r, goal)}")
-    for kind, rows in phases.items():
-        print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)))
+    for kind, rows in zip(("baseline", "measured"), zip(*pairs)):
+        print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)), flush=True)
 
 
 def counted(vm, setup) -> float:
@@ -178,18 +192,21 @@ def gap(limit, seconds) -> None:
     text, baseline, measured, goal = PAIRS["memory"]
     pairs, end = [], time.monotonic() + seconds
     print(f"\n{text}, by instructions", flush=True)
-    with VM(kernel.build("minimal"), full_image(), name="bench-gap", memory="3G", cpus=1, icount=True,
-            prealloc=True, append="lab.workload") as vm:
-        vm.ready()
-        one(vm, plain)
-        for n in range(min(limit, COUNTED)):
-            took = {setup: counted(vm, setup) for setup in in_turn(n, baseline, measured)}
-            pairs.append((took[baseline], took[measured]))
-            print(f"pair {len(pairs)}: {pairs[-1][1]:.0f} M against {pairs[-1][0]:.0f} M", flush=True)
-            if time.monotonic() > end:
-                break
-    ratio = stats.ratio(pairs)
-    print(f"  service gap: {ratio}{stats.verdict(ratio, goal)}")
+    try:
+        with VM(kernel.build("minimal"), full_image(), name="bench-gap", memory="3G", cpus=1, icount=True,
+                prealloc=True, append="lab.workload") as vm:
+            vm.ready()
+            one(vm, plain)
+            for n in range(min(limit, COUNTED)):
+                took = {setup: counted(vm, setup) for setup in in_turn(n, baseline, measured)}
+                pairs.append((took[baseline], took[measured]))
+                print(f"pair {len(pairs)}: {pairs[-1][1]:.0f} M against {pairs[-1][0]:.0f} M", flush=True)
+                if time.monotonic() > end:
+                    break
+    finally:
+        if pairs:
+            ratio = stats.ratio(pairs)
+            print(f"  service gap: {ratio}{stats.verdict(ratio, goal)}", flush=True)
 
 
 def image() -> None:

@@ -22,11 +22,11 @@ def blackout(build) -> float:
 
 
 def main(limit, seconds) -> None:
-    """At most @limit pairs (ROUNDS), the builds in turn the first."""
+    """At most @limit pairs (ROUNDS), the builds in turn the first; after @seconds no more, but one."""
     builds = {"unpatched": kernel.build("minimal", unpatched=True), "patched": kernel.build("minimal")}
     pairs, start = [], time.monotonic()
     for n in range(min(limit, ROUNDS)):
-        if time.monotonic() - start > seconds:
+        if pairs and time.monotonic() - start > seconds:
             break
         took = {k: blackout(builds[k]) for k in (list(builds) if n % 2 else reversed(builds))}
         pairs.append((took["unpatched"], took["patched"]))

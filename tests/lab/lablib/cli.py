@@ -159,6 +159,13 @@ def positive(text: str) -> int:
     return number
 
 
+def minutes(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes, more than 0")
+    return number
+
+
 def parser():
     p = argparse.ArgumentParser(prog="lab", description="Build kernels and root file systems, run guests, "
                                 "kexec them, and count what their devices really do.",
@@ -262,7 +269,7 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
     b = verbs.add_parser("bench", help="figures, each with its baseline from the same run",
                          description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     b.add_argument("names", nargs="*", metavar="FIGURE", help="default: all, which takes many hours")
-    b.add_argument("--minutes", type=float, default=0, help="begin no pair, or round, of a figure after so long")
+    b.add_argument("--minutes", type=minutes, default=0, help="begin no pair, or round, of a figure after so long")
     b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs or rounds (default 30); "
                    "some figures take fewer")
     b.set_defaults(run=verb_bench)

@@ -184,6 +184,50 @@ def a_bench_whose_guest_hangs_in_a_late_round(ctx):
         passes(s, HANGS)
 
 
+PAIRS = """
+from lablib import bench, bench_plain, timeline
+took = []
+def one(vm, setup):
+    if len(took) == 6:
+        raise kernel.LabError("the guest did not go on")
+    took.append(setup)
+    return timeline.Timeline([("old kernel", 0, 1.0)], 1.0, 2.0, 3.0)
+class Guest:
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+    def ready(self):
+        pass
+kernel.build = lambda *a, **kw: None
+bench.VM, bench.full_image, bench.one = (lambda *a, **kw: Guest()), (lambda: None), one
+bench.drop_memory = lambda vm: None
+bench.counted = lambda vm, setup: one(vm, setup).blackout
+for take in (lambda: bench.measure("idle", 9, 1000), lambda: bench.gap(9, 1000)):
+    del took[:]
+    try:
+        take()
+        raise AssertionError("it did not hang")
+    except kernel.LabError:
+        pass
+bench_plain.blackout = lambda build: 1.0
+bench_plain.main(3, 0)
+"""
+
+
+@test(kernels=(), image=False)
+def a_bench_whose_guest_hangs_in_a_late_pair(ctx):
+    """What the pairs before it come to is printed; and in no time at all there is one pair."""
+    with Scratch() as s:
+        out = passes(s, PAIRS)
+        for line in (r"blackout +1.000 s against +1.000 s: 1.000 \(1.000 to 1.000, 2 pairs\)", "phases, measured: old",
+                     r"service gap +2.000 s.* 2 pairs", r"service gap: 1.000 .* 2 pairs", r"plain kexec: .* 1 pairs"):
+            expect(re.search(line, out), f"no '{line}' in {out}")
+        for minutes in ("0", "-1", "soon"):
+            r = s.lab("bench", "plain", "--minutes", minutes, KHO_LAB_NEED_GIB="1000000")
+            expect(r.returncode == 2 and "--minutes" in r.stderr and "Traceback" not in r.stderr, r.stderr)
+
+
 TRACE = """1@1000.500000:e1000e_rx_desc_buff_write buffer #0, addr: 0x1000, offset: 0, from: 0x7f, length: 128
 1@1000.750000:e1000e_rx_desc_buff_write buffer #0, addr: 0x2000, offset: 0, from: 0x7f, length: 128
 1@1001.000000:pci_cfg_write e1000e 01:00.0 @0x4 <- 0x6
