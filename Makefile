@@ -30,6 +30,6 @@ bench: setup
 	@$(LAB) bench
 
 clean:
-	rm -rf $(BUILD)
+	rm -rf $(BUILD) build-check build-demo.svg
 
 .PHONY: all setup demo check check-long bench clean
