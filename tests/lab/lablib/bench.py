@@ -213,7 +213,7 @@ def image() -> None:
     """Build tests/bench/image for release and let it print its figures."""
     build, log = clone_dir() / "bench-build", clone_dir() / "bench-build.log"
     log.write_bytes(b"")
-    run(["meson", "setup", "--buildtype=release", *(["--reconfigure"] if build.exists() else []),
+    run(["meson", "setup", "--buildtype=release", *(["--reconfigure"] if (build / "build.ninja").exists() else []),
          build, PROJECT], log=log, what="configuring the benchmark")
     run(["ninja", "-C", build, "tests/bench/image-bench"], log=log, what="building the benchmark")
     print("\nthe state image", flush=True)

@@ -90,8 +90,12 @@ def load():
 
 
 def allowed_skips() -> dict:
-    rows = (line.split(None, 1) for line in (LAB / "skips.txt").read_text().splitlines()
-            if line.strip() and not line.startswith("#"))
+    """Name -> reason, by skips.txt."""
+    rows = [line.split(None, 1) for line in (LAB / "skips.txt").read_text().splitlines()
+            if line.strip() and not line.startswith("#")]
+    bare = [row[0] for row in rows if len(row) < 2]
+    if bare:
+        raise LabError(f"tests/lab/skips.txt gives no reason for {', '.join(bare)}; write one behind the name")
     return {name: reason.strip() for name, reason in rows}
 
 
@@ -123,7 +127,8 @@ def report(out: Outcome) -> None:
 
 
 def prepare(tests):
-    """Build all that the tests need first, so that their times are their own."""
+    """Build all that the tests need first, so that their times are their own; first of all read skips.txt."""
+    allowed_skips()
     for config, unpatched, release in sorted({k for t in tests for k in t.kernels}):
         kernel.build(config, unpatched=unpatched, release=release)
     if any(t.image for t in tests):
@@ -155,6 +160,7 @@ def select(tests, names):
 
 
 UNIT_ENV = {"CRITERION_VERBOSITY_LEVEL": "1"}      # or it does not say which cases it skips
+UNIT_OPTIONS = ("-Dwerror=true", "-Dunit_tests=enabled")   # and no build without them if something is missing
 
 
 def meson_test(build, *options) -> list:
@@ -192,11 +198,11 @@ def skipped_cases(build: Path) -> tuple:
 def unit_tests() -> Outcome:
     """Build on this host and run meson's tests; each program counts, and each case that is skipped."""
     start, build, log = time.monotonic(), PROJECT / "build-check", clone_dir() / "unit-tests.log"
-    options, names, idle = ["-Dwerror=true", "-Dfault_points=true"], [], 0
+    names, idle = [], 0
     try:
         log.write_bytes(b"")
-        run(["meson", "setup", "--reconfigure" if build.exists() else "--buildtype=debugoptimized",
-             build, *options], cwd=PROJECT, log=log, what="configuring the build")
+        run(["meson", "setup", "--reconfigure" if (build / "build.ninja").exists() else "--buildtype=debugoptimized",
+             build, *UNIT_OPTIONS, "-Dfault_points=true"], cwd=PROJECT, log=log, what="configuring the build")
         run(["ninja", "-C", build], log=log, what="building for this host")
         # They wait more than they compute.
         run(meson_test(build, "--print-errorlogs", "--num-processes", 3 * os.cpu_count()), log=log,

@@ -126,9 +126,37 @@ Test(khoctl, passes) { }
 Test(khoctl, real_khod) { cr_skip_test("no"); }
 Test(khoctl, unknown) { cr_skip_test("no"); }
 """
+SKIPS = """
+def skips(_):
+    raise check.Skip("it cannot be run here")
+check.TESTS = [Test("some-test", skips, "", (), False)]
+print(check.check())
+"""
+
+
+@test(kernels=(), image=False)
+def a_skip_without_a_reason(ctx):
+    """It is told by name before any test, whatever is skipped, and the run has its closing line."""
+    with Scratch() as s:
+        for line, words, end in (("", "does not allow it", "0 passed, 1 failed, 0 skipped\n1\n"),
+                                 ("some-test", "no reason for some-test", "0 passed, 1 failed, 0 skipped\n1\n"),
+                                 ("some-test for the test", "for the test", "0 passed, 0 failed, 1 skipped\n1\n")):
+            (s.project / "tests/lab/skips.txt").write_text(f"# NAME REASON\n{line}\n")
+            out = passes(s, SKIPS)
+            expect(words in out and out.endswith(end), f"'{line}': {out}")
+
+
+OPTIONS = """
+option('fault_points', type: 'boolean')
+option('unit_tests', type: 'feature', value: 'auto')
+"""
 MESON = """
 project('units', 'c')
-exe = executable('cases', 'cases.c', dependencies: dependency('criterion'))
+criterion = dependency('criterion', required: get_option('unit_tests'))
+if not criterion.found()
+  subdir_done()
+endif
+exe = executable('cases', 'cases.c', dependencies: criterion)
 foreach c : ['passes', 'real_khod'%s]
   test(c, exe, args: ['--filter', 'khoctl/' + c])
 endforeach
@@ -139,7 +167,7 @@ endforeach
 def cases_of_unit_tests_that_are_skipped(ctx):
     """They count as skipped, and pass only if skips.txt names them; a program without a case fails."""
     with Scratch() as s:
-        (s.project / "meson_options.txt").write_text("option('fault_points', type: 'boolean')\n")
+        (s.project / "meson_options.txt").write_text(OPTIONS)
         (s.project / "cases.c").write_text(CASES)
         for more, state, counts, words in (
                 ("", "ok", (1, 0, 1), ("khoctl::real_khod",)),
@@ -147,6 +175,19 @@ def cases_of_unit_tests_that_are_skipped(ctx):
             (s.project / "meson.build").write_text(MESON % more)
             out = passes(s, "o = check.unit_tests(); print(o.state, o.counts)")
             expect(out.endswith(f"{state} {counts}\n") and all(w in out for w in words), out)
+
+
+@test(kernels=(), image=False)
+def unit_tests_that_cannot_be_built(ctx):
+    """They fail by the name of what is missing, and do not count as none; once it is there they are built."""
+    with Scratch() as s:
+        (s.project / "meson_options.txt").write_text(OPTIONS)
+        (s.project / "meson.build").write_text(MESON % "")
+        (s.project / "cases.c").write_text(CASES)
+        out = passes(s, "check.unit_tests()", PKG_CONFIG_LIBDIR="/nowhere")
+        expect("FAILED" in out and "criterion" in out, out)
+        out = passes(s, "check.unit_tests()")
+        expect("ok " in out, out)
 
 
 HANGS = """

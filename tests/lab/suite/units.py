@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 
-from lablib.check import UNIT_ENV, expect, meson_test, skipped_cases, test
+from lablib.check import UNIT_ENV, UNIT_OPTIONS, expect, meson_test, skipped_cases, test
 from lablib.common import PROJECT, clone_dir, last_lines, run
 
 
@@ -15,8 +15,7 @@ def unit_tests(ctx, name, options, cc):
     shutil.rmtree(build, ignore_errors=True)
     log.write_bytes(b"")
     env = {"CC": cc, "ASAN_OPTIONS": f"log_path={build}/asan", "UBSAN_OPTIONS": f"log_path={build}/ubsan"}
-    run(["meson", "setup", build, PROJECT, "-Dwerror=true", *options], log=log, env=env,
-        what=f"configuring {name}")
+    run(["meson", "setup", build, PROJECT, *UNIT_OPTIONS, *options], log=log, env=env, what=f"configuring {name}")
     run(["ninja", "-C", build], log=log, env=env, what=f"building {name}")
     r = subprocess.run(meson_test(build, "--timeout-multiplier", "5"), stdout=open(log, "ab"),
                        stderr=subprocess.STDOUT, check=False, env={**os.environ, **UNIT_ENV, **env})
