@@ -2,11 +2,9 @@
 """The runner of the tests itself: what it keeps, what it counts, what it lets pass."""
 
 import re
-import subprocess
 
-from lablib import kernel
 from lablib.check import expect, test
-from suite.bad_input import Scratch
+from suite.bad_input import Scratch, git
 
 LAB = """
 import sys
@@ -89,15 +87,19 @@ def a_tree_is_known_by_all_that_is_in_it(ctx):
             return passes(s, "print(check.tree_state())", GIT_TEST_ASSUME_DIFFERENT_OWNER="1").strip()
         s.refused(s.lab("check-long", "units"), "not a git repository")
         for cmd in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
-            subprocess.run([*kernel.GIT, *cmd], cwd=s.project, check=True, capture_output=True)
+            git(s.project, *cmd)
         seen = [state()]
         (s.project / "docs/results").mkdir(parents=True)
-        (s.project / "docs/results/part.md").write_text("a result")
-        expect(seen == [state()] and seen[0].isalnum(), f"a result counts: {seen}, {state()}")
-        for text in "12":
-            (s.project / "new.c").write_text(text)
+        for name in ("results/part.md", "results/part.json", "blackout.svg", "lab.md", "../README.md"):
+            (s.project / "docs" / name).write_text("a result, or what it is")
+        expect(seen == [state()] and seen[0].isalnum(), f"what no test reads counts: {seen}, {state()}")
+        git(s.project, "add", ".")
+        git(s.project, "commit", "-q", "-m", "results")
+        expect(seen == [state()], "a commit of what no test reads counts")
+        for name, text in (("new.c", "1"), ("new.c", "2"), ("docs/man.8", "a page of the package")):
+            (s.project / name).write_text(text)
             seen.append(state())
-        expect(len(set(seen)) == 3, f"a new file does not count: {seen}")
+        expect(len(set(seen)) == 4, f"a new file does not count: {seen}")
 
 
 PARTS = """
