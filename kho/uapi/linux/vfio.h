@@ -1003,7 +1003,9 @@ struct vfio_device_attach_iommufd_pt {
  *
  * Remove the association of the device or a pasid of the device and its current
  * associated address space.  After it, the device or the pasid should be in a
- * blocking DMA state.  This is only allowed on cdev fds.
+ * blocking DMA state.  This is only allowed on cdev fds.  Fails with -EBUSY while
+ * the device or its iommufd is preserved over a live update, and in the next kernel
+ * until it has been moved to another hwpt.
  *
  * Return: 0 on success, -errno on failure.
  */

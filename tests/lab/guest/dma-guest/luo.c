@@ -13,7 +13,7 @@
 
 /* Documentation/arch/x86/boot.rst */
 #define XLOADFLAGS 0x236
-#define XLF_PCI_LIVEUPDATE 0x100
+#define XLF_PCI_LIVEUPDATE 0x8000
 
 int session = -1;
 

@@ -208,8 +208,8 @@ static off_t find_capability(int fd, off_t base, uint8_t id)
 }
 
 /*
- * Ask the device for D3hot, by VFIO if it is open, else by sysfs. Both write without an error
- * in any case: what came of it is in the device.
+ * Ask the device for D3hot, by VFIO if it is open, which may refuse it, else by sysfs, which writes
+ * without an error in any case: what came of it is in the device.
  */
 bool goes_to_d3hot(void)
 {
@@ -221,7 +221,8 @@ bool goes_to_d3hot(void)
 	at = find_capability(fd, base, PCI_CAP_ID_PM) + PCI_PM_CTRL;
 	check(pread(fd, &ctrl, sizeof(ctrl), at), "read power state");
 	ctrl |= PCI_PM_CTRL_STATE_MASK;
-	check(pwrite(fd, &ctrl, sizeof(ctrl), at), "write power state");
+	if (pwrite(fd, &ctrl, sizeof(ctrl), at) < 0 && errno != EBUSY)
+		die("write power state");
 	check(pread(config, &ctrl, sizeof(ctrl), at - base), "read power state");
 	close(config);
 	return ctrl & PCI_PM_CTRL_STATE_MASK;
