@@ -823,27 +823,6 @@ Test(devices, lost_memory_that_no_device_maps)
 	}
 }
 
-/* A second workload, with a context and a device of its own. */
-static void register_other(void)
-{
-	struct kho_error *err = NULL;
-	struct kho_client *k = dial(kho, sim);
-	uint32_t ioas, id;
-	int memfd = make_memfd(4096, 50), ctx = kho_iommufd_open(kho, NULL);
-	int dev = kho_vfio_open(kho, "/dev/vfio/devices/0000:09:00.0", NULL);
-	struct kho_client_file files[] = { { "ram", memfd }, { "iommufd", ctx }, { "nic", dev } };
-
-	must(kho_iommufd_ioas_alloc(kho, ctx, &ioas, &err), err, "ioas");
-	must(kho_iommufd_map_file(kho, ctx, ioas, memfd, 0, 4096, 0, 3, &err), err, "map");
-	must(kho_vfio_bind(kho, dev, ctx, &id, &err), err, "bind");
-	must(kho_vfio_attach(kho, dev, &ioas, false, &err), err, "attach");
-	must(kho_client_register(k, "other", files, 3, NULL, 0, &err), err, "register");
-	kho_client_free(k);
-	close(memfd);
-	close(ctx);
-	close(dev);
-}
-
 /* One workload that fails does not touch another. */
 Test(devices, two_workloads_two_ends)
 {
@@ -853,7 +832,7 @@ Test(devices, two_workloads_two_ends)
 
 	registered();
 	must_start(sim);
-	register_other();
+	register_device("other", "0000:09:00.0");
 	must_stop(sim);
 	sim_kexec(sim);
 	simdev_refuse_replace(sim_lock_devices(sim), "0000:09:00.0");
@@ -924,7 +903,7 @@ Test(devices, do_not_wait_for_memory_that_they_do_not_map)
 		     "register");
 	}
 	kho_client_free(k);
-	register_other();
+	register_device("other", "0000:09:00.0");
 	register_memory("after");
 	client_exit(&c);
 	close(other);

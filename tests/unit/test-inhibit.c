@@ -102,26 +102,6 @@ static void must_hold(const char *name, unsigned int seed)
 	kho_client_free(c);
 }
 
-static void hold_device(const char *name)
-{
-	struct kho_error *err = NULL;
-	struct kho_client *c = dial(kho, sim);
-	uint32_t ioas, id;
-	int memfd = make_memfd(4096, 50), ctx = kho_iommufd_open(kho, NULL);
-	int dev = kho_vfio_open(kho, "/dev/vfio/devices/0000:09:00.0", NULL);
-	struct kho_client_file files[] = { { "ram", memfd }, { "iommufd", ctx }, { "nic", dev } };
-
-	must(kho_iommufd_ioas_alloc(kho, ctx, &ioas, &err), err, "ioas");
-	must(kho_iommufd_map_file(kho, ctx, ioas, memfd, 0, 4096, 0, 3, &err), err, "map");
-	must(kho_vfio_bind(kho, dev, ctx, &id, &err), err, "bind");
-	must(kho_vfio_attach(kho, dev, &ioas, false, &err), err, "attach");
-	must(kho_client_register(c, name, files, ARRAY_SIZE(files), NULL, 0, &err), err, "register");
-	kho_client_free(c);
-	close(memfd);
-	close(ctx);
-	close(dev);
-}
-
 /* The kernel that is loaded, and only if there is something to lose. */
 Test(inhibit, an_image_that_would_not_take_over_is_refused)
 {
@@ -137,7 +117,7 @@ Test(inhibit, an_image_that_would_not_take_over_is_refused)
 	image_is("ok");
 	must_come_to("block", 0);
 	image_is("no-devices");
-	hold_device("vm");
+	register_device("vm", "0000:09:00.0");
 	must_be_for("knows nothing of devices");
 	discard("vm");
 	must_come_to("block", 0);
