@@ -36,8 +36,9 @@
  *   khobench.damage=D     before the reboot damage the map of preserved memory
  *                         in memory: node (a pointer to nowhere), range (pages
  *                         outside of memory), scratch (pages in scratch), hole (a
- *                         folio of 2 MiB at 512 MiB) or loop (every pointer of a
- *                         table leads to the same one);
+ *                         folio of 2 MiB at 512 MiB), overlap (one in which there is
+ *                         a page that is preserved by itself) or loop (every pointer
+ *                         of a table leads to the same one);
  *                         with expect=refused the next kernel must come up
  *                         without the session and with working memory
  *   khobench.rounds=N     handovers in a row (default 1)
@@ -770,7 +771,7 @@ static uint64_t *add_path(uint64_t *root, uint64_t key, int full)
  * Follow it to the lowest table of order 0 and damage a pointer there, or put
  * something else into its root.
  */
-static void damage_map(const char *how)
+static void damage_map(const char *how, char *preserved)
 {
 	int mem = open("/dev/mem", O_RDWR | O_SYNC), level;
 	uint64_t phys = map_root(), *t = NULL;
@@ -778,12 +779,17 @@ static void damage_map(const char *how)
 
 	if (mem < 0)
 		die("/dev/mem");
-	if (!strcmp(how, "hole") || !strcmp(how, "loop")) {
+	if (!strcmp(how, "hole") || !strcmp(how, "overlap") || !strcmp(how, "loop")) {
 		/* The order's bit, and the address in units of it. */
-		uint64_t key = 1ULL << (64 - 21) | (512UL << 20) >> 21;
+		uint64_t at = 512UL << 20, key;
 
+		if (!strcmp(how, "overlap")) {
+			read_pfns(preserved, 1, &at);
+			at *= PAGE;
+		}
+		key = 1ULL << (64 - 21) | at >> 21;
 		t = add_path(map_phys(mem, phys), key, !strcmp(how, "loop"));
-		if (!strcmp(how, "hole"))
+		if (strcmp(how, "loop"))
 			t[key % 32768 / 64] |= 1ULL << key % 64;
 		say("damaged=%s", how);
 		return;
@@ -895,7 +901,7 @@ static void hand_over(int fd, char *p, size_t len, int next_stage)
 		report_need();
 	}
 	if (*param("damage", "") && next_stage == 2)
-		damage_map(param("damage", ""));
+		damage_map(param("damage", ""), p);
 	say("reboot counter=%llu", counter());
 	reboot(RB_KEXEC);
 	die("reboot");

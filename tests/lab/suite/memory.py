@@ -170,6 +170,17 @@ def a_damaged_map_of_memory_is_refused(ctx):
 
 
 @test(part="memory")
+def a_map_that_overlaps_is_refused(ctx):
+    """Seen when some of it is reserved already, which stays so; the machine goes on with the rest."""
+    got = hand_over(ctx.kernel(), Shape(128, "second"), memory="1G",
+                    options="khobench.damage=overlap khobench.expect=refused")
+    expect(got.says("has an overlapping key"), "the kernel says no reason")
+    old, new = (int(said["mem_total_kib"]) for said in (got.old, got.new))
+    expect(-1024 < old - new < 140 << 10, f"{new} KiB of memory, {old} KiB before")
+    ctx.figure("lost", f"{(old - new) >> 10} MiB of 1 GiB")
+
+
+@test(part="memory")
 def a_folio_with_a_hole_in_its_memory_is_refused(ctx):
     """Of which the first and the last page are there."""
     refused(ctx, "hole", "memmap=4K$513M")
