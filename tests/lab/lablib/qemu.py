@@ -518,17 +518,17 @@ def buffered_pair(kind):
             s.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
         except PermissionError:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-            warn_of_limit()
+        got = s.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+        if got < BUFFER:
+            warn_of_buffers(got)
     return ours, theirs
 
 
 @functools.cache
-def warn_of_limit() -> None:
-    """Once in a process: an ordinary user gets no larger buffer than the host allows."""
-    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
-    if limit < BUFFER:
-        say(f"WARNING: this user's sockets have buffers of {limit >> 10} KiB; what a guest says while the host is "
-            f"busy may be lost, and packets wait; 'sysctl net.core.wmem_max={BUFFER}', as root, ends that")
+def warn_of_buffers(size: int) -> None:
+    """Once in a process: an ordinary user gets no larger ones than the host allows."""
+    say(f"WARNING: this user's sockets have buffers of {size >> 10} KiB; what a guest says while the host is "
+        f"busy may be lost, and packets wait; 'sysctl net.core.wmem_max={BUFFER}', as root, ends that")
 
 
 THREAD = threading.local()
