@@ -29,7 +29,8 @@ MARKS = (("kernel", r"Starting new kernel"), ("console", r"console \[ttyS0\] ena
 READY, SWAPPED = r"khod\[\d+\]: khod \S+ is ready", r"khod\[\d+\]: Workload nic is restored"
 COLUMNS = ("register", *(name for name, _ in MARKS), "devices swapped", "khod ready")
 GAPS = {"contig": "", "hole": "--gap 99", "second": "--gap 1"}
-SHAPES = [s for s in bench_memory.SHAPES if s.pattern in GAPS]
+SHAPES = [s for s in bench_memory.SHAPES if s.pattern == "contig" or s.pattern in GAPS and not s.huge and
+          s.mib <= 4 * bench_memory.GIB]
 
 
 def register(vm, shape) -> dict:
