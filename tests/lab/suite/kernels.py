@@ -103,8 +103,9 @@ def dma_from_minimal_to_debug_and_back(ctx):
 def upstream_suites_on_the_debug_kernel(ctx):
     with ctx.vm(kernel=ctx.kernel("debug"), init="bare", **DEBUG_GUEST) as vm:
         vm.ready(SLOW)
-        vm.run("echo 256 > /proc/sys/vm/nr_hugepages", check=False)
+        vm.run("echo 512 > /proc/sys/vm/nr_hugepages", check=False)
         suite(ctx, vm, "liveupdate/liveupdate", 600)
+        suite(ctx, vm, "iommu/iommufd", 1800)
         suite(ctx, vm, "iommu/iommufd_liveupdate", 900)
         suite(ctx, vm, "iommu/iommufd_fail_nth", 1800)
         quiet(vm)
