@@ -115,7 +115,7 @@ def too_much_memory_is_refused_at_preserve(ctx):
     With scratch that is large, with that of default size, and with memory above 4 GiB that is movable.
     """
     for mib, memory, scratch, append in ((900, "2G", "64M,1000M,64M", ""), (3400, "4G", "", ""),
-                                         (2600, "6G", "", "kernelcore=2G")):
+                                         (2600, "9G", "", "kernelcore=2G")):
         got = hand_over(ctx.kernel(), Shape(mib), memory=memory, kho_scratch=scratch,
                         options=f"khobench.expect=enomem khobench.evict=0 {append}")
         expect(got.old.get("preserve_failed") == "Cannot", f"preserve: {got.old.get('preserve_failed')}")
