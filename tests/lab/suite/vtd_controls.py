@@ -47,11 +47,14 @@ def add(mode):
         """A HWPT that leads elsewhere: refused, or the device has no descriptors any more."""
         control_packets(ctx, "unequal", "iommufd.test_no_equal=1", machine=MODES[mode])
 
-    @test(f"control-memory-is-damaged-without-the-reset-{mode}", part=part,
-          kernels=(("faults", False, ""),))
-    def reset(ctx):
-        """By a driver of the kernel's; the domain that it gets maps all of memory to itself."""
-        control_reset(ctx, f"iommu=pt {AT}", machine=MODES[mode])
+    # In scalable mode QEMU goes on to pass a device's requests through when it is moved from there
+    # to a page table, on the unpatched kernel, too: with iommu=pt nothing of ours is ever written to.
+    if mode == "legacy":
+        @test(f"control-memory-is-damaged-without-the-reset-{mode}", part=part,
+              kernels=(("faults", False, ""),))
+        def reset(ctx):
+            """By a driver of the kernel's; the domain that it gets maps all of memory to itself."""
+            control_reset(ctx, f"iommu=pt {AT}", machine=MODES[mode])
 
 
 for name in MODES:
