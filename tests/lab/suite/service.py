@@ -361,7 +361,7 @@ def lease(vm, name, size=4 * MIB, seed=1, *options):
 
 def states(vm):
     """Name and state of each workload."""
-    rows = [r.split() for r in vm.run("khoctl list").out.splitlines()[1:]]
+    rows = [r.split() for r in vm.run("khoctl list").out.splitlines()[1:] if not r.startswith(" ")]
     return {r[0]: r[1] for r in rows}
 
 

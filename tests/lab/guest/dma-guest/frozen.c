@@ -14,7 +14,7 @@
 #define BLINKING 0x55
 
 static volatile bool over;
-static unsigned int frozen;
+static volatile unsigned int frozen;
 static double longest;
 static pthread_t user;
 static int by_eventfd;
@@ -27,7 +27,7 @@ static void *use(void *arg)
 	errno = pthread_setschedparam(pthread_self(), SCHED_FIFO, &param);
 	if (errno)
 		die("SCHED_FIFO");
-	for (; !over; usleep(200)) {
+	for (; !over; usleep(50)) {
 		double start = now();
 
 		if (can_read_config())
@@ -52,6 +52,12 @@ void use_while_frozen(void)
 	errno = pthread_create(&user, NULL, use, NULL);
 	if (errno)
 		die("pthread_create");
+}
+
+/* The moment may have been too short. */
+bool used_while_frozen(void)
+{
+	return frozen > 0;
 }
 
 /* After it was frozen, and goes on. */

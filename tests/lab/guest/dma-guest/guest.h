@@ -243,6 +243,7 @@ uint64_t irq_count(unsigned int vector);
 
 /* frozen.c */
 void use_while_frozen(void);
+bool used_while_frozen(void);
 void was_used_while_frozen(void);
 
 /* luo.c */
