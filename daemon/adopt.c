@@ -127,7 +127,8 @@ struct group {
 	bool prepared;			/* its image is the one to be preserved */
 	bool quiesced;			/* its devices have been given up */
 	bool expired;			/* because nobody claimed it; said already */
-	struct kho_error *lost;		/* why its devices cannot go on: a file is not there, or restore() failed */
+	bool doomed;			/* its devices cannot go on: a file is not there, or restore() failed */
+	struct kho_error *lost;		/* why; NULL if there was no memory for the words */
 	bool memory_lost;		/* @lost is about the first of these: */
 	bool missing[KHO_IMAGE_FILES_MAX];	/* memfds that are lost, by their place in the image */
 };
@@ -442,6 +443,7 @@ static int find_file(struct khod *k, struct group *g, struct session *target, si
 	kho_error_new(err, r, f->name, "is missing");
 	if (f->kind == KHO_FILE_MEMFD)
 		return r;
+	g->doomed = true;
 	if (!g->lost)
 		g->lost = TAKE_PTR(*err);
 	*err = kho_error_free(*err);
@@ -462,7 +464,7 @@ static int no_files(struct workload *w, struct kho_error **err)
 
 /*
  * The files that are @part into w->fds, from transit or an incoming session; -1 where the new session
- * has it already and nothing else does, or where a device is lost (g->lost).
+ * has it already and nothing else does, or where a device is lost (g->doomed).
  */
 static int find_files(struct khod *k, struct group *g, struct session *target, enum part part,
 		      struct kho_error **err)
@@ -503,7 +505,7 @@ static int find_files(struct khod *k, struct group *g, struct session *target, e
 			g->lost = TAKE_PTR(*err);
 		}
 		*err = kho_error_free(*err);
-		g->missing[i % n] = g->memory_lost = true;
+		g->missing[i % n] = g->memory_lost = g->doomed = true;
 	}
 	return 0;
 }
@@ -674,16 +676,17 @@ static int quiesce(struct khod *k, struct group *g, struct kho_error *why, struc
 	return 0;
 }
 
-/* Restored, or to be quiesced (g->lost). */
+/* Restored, or to be quiesced (g->doomed). */
 static void restore(struct khod *k, struct group *g)
 {
 	struct workload *w = g->w;
 	struct kho_error *why = NULL;
 	size_t steps = 0;
 
-	if (g->lost)
+	if (g->doomed)
 		return;
 	if (workload_restore(k, w->image, w->fds, &steps, &why) < 0) {
+		g->doomed = true;
 		g->lost = why;
 		return;
 	}
@@ -841,7 +844,7 @@ static int bring_rest(struct khod *k, struct group *g, struct kho_error **err)
 	int r = find_files(k, g, g->target, UNMAPPED, err);
 
 	/* What is kept of it is decided once, so all of it has to be there. */
-	if (r >= 0 && g->lost && kho_image_has_devices(w->image))
+	if (r >= 0 && g->doomed && kho_image_has_devices(w->image))
 		r = quiesce(k, g, g->lost, err);
 	if (r >= 0)
 		timeline_ended(k, KHO_MARK_RETRIEVED, w->name);
