@@ -228,9 +228,14 @@ bool goes_to_d3hot(void)
 	return ctrl & PCI_PM_CTRL_STATE_MASK;
 }
 
+static off_t find_express(void)
+{
+	return find_capability(dev, region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, PCI_CAP_ID_EXP);
+}
+
 bool has_flr(void)
 {
-	off_t at = find_capability(dev, region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, PCI_CAP_ID_EXP);
+	off_t at = find_express();
 	uint32_t cap;
 
 	check(pread(dev, &cap, sizeof(cap), at + PCI_EXP_DEVCAP), "device capabilities");
@@ -240,7 +245,7 @@ bool has_flr(void)
 /* As a VMM does for its guest. */
 int try_flr(void)
 {
-	off_t at = find_capability(dev, region(dev, VFIO_PCI_CONFIG_REGION_INDEX).offset, PCI_CAP_ID_EXP);
+	off_t at = find_express();
 	uint16_t ctrl;
 
 	check(pread(dev, &ctrl, sizeof(ctrl), at + PCI_EXP_DEVCTL), "device control");
