@@ -47,8 +47,9 @@
  * DOC: What a kernel can take over
  *
  * A kernel image and its modules carry ELF notes that name everything a live
- * update needs the same on both sides: the versions of KHO and LUO, and the
- * compatible string of each file handler and each FLB. The notes of the running
+ * update needs the same on both sides: the versions of KHO and LUO, the
+ * compatible string of each file handler and each FLB, and the IOMMUs, no-IOMMU
+ * mode among them, whose domains can be handed over. The notes of the running
  * kernel are in /sys/kernel/notes and
  * /sys/module/<module>/notes/.note.LiveUpdate, those of a kernel that is about
  * to be loaded in the PT_NOTE segment of the vmlinux inside its image and in the
@@ -66,12 +67,14 @@
  * @LIVEUPDATE_NOTE_LUO: The version of the Live Update Orchestrator's ABI
  * @LIVEUPDATE_NOTE_HANDLER: The compatible string of a file handler
  * @LIVEUPDATE_NOTE_FLB: The compatible string of file lifecycle bound data
+ * @LIVEUPDATE_NOTE_IOMMU: An IOMMU, and the version of what is told of it
  */
 enum liveupdate_note_type {
 	LIVEUPDATE_NOTE_KHO = 1,
 	LIVEUPDATE_NOTE_LUO = 2,
 	LIVEUPDATE_NOTE_HANDLER = 3,
 	LIVEUPDATE_NOTE_FLB = 4,
+	LIVEUPDATE_NOTE_IOMMU = 5,
 };
 
 /* The maximum length of session name including null termination */
