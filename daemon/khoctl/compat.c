@@ -52,7 +52,7 @@ static void add(struct compat *c, uint32_t type, struct bytes desc)
 	const size_t max = sizeof(c->entry[0].string);
 	const size_t places = sizeof(c->entry) / sizeof(c->entry[0]);
 
-	if (type < LIVEUPDATE_NOTE_KHO || type > LIVEUPDATE_NOTE_FLB || c->n == places)
+	if (type < LIVEUPDATE_NOTE_KHO || type > LIVEUPDATE_NOTE_IOMMU || c->n == places)
 		return;
 	if (!desc.n || desc.n > max || desc.p[desc.n - 1])
 		return;
@@ -283,7 +283,7 @@ bool compat_has(const struct compat *c, uint32_t type, const char *string)
 	return false;
 }
 
-bool compat_module(const char *release, const char *handler, char *name, size_t size)
+bool compat_module(const char *release, const char *string, char *name, size_t size)
 {
 	char dir[128], alias[128];
 	struct kmod_list *list = NULL;
@@ -293,7 +293,7 @@ bool compat_module(const char *release, const char *handler, char *name, size_t 
 	if (!release[0] || strchr(release, '/'))
 		return false;
 	snprintf(dir, sizeof(dir), "/lib/modules/%s", release);
-	snprintf(alias, sizeof(alias), MODALIAS "%s", handler);
+	snprintf(alias, sizeof(alias), MODALIAS "%s", string);
 	ctx = kmod_new(dir, NULL);
 	if (!ctx)
 		return false;
@@ -320,6 +320,8 @@ const char *compat_type_name(uint32_t type)
 		return "file handler";
 	case LIVEUPDATE_NOTE_FLB:
 		return "shared data (FLB)";
+	case LIVEUPDATE_NOTE_IOMMU:
+		return "IOMMU";
 	default:
 		return "note";
 	}

@@ -55,15 +55,15 @@ int compat_image(const char *path, struct compat *c, const char **why);
 bool compat_has(const struct compat *c, uint32_t type, const char *string);
 
 /**
- * compat_module() - the module of a kernel that has a file handler
+ * compat_module() - the module of a kernel that has a file handler, or an IOMMU's domains
  * @release: the kernel's
- * @handler: the handler's compatible string
+ * @string: what its note would say
  * @name, @size: receives the module's name
  * Return: whether there is one, by the aliases in /lib/modules.
  */
-bool compat_module(const char *release, const char *handler, char *name, size_t size);
+bool compat_module(const char *release, const char *string, char *name, size_t size);
 
-/** compat_type_name() - "version of KHO", "handler", ... for a sentence */
+/** compat_type_name() - "version of KHO", "file handler", ... for a sentence */
 const char *compat_type_name(uint32_t type);
 
 #endif

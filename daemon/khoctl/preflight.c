@@ -187,10 +187,10 @@ static bool check_entry(struct flight *p, const char *path, const struct compat 
 
 	if (compat_has(next, type, string))
 		return true;
-	if (type == LIVEUPDATE_NOTE_HANDLER &&
+	if ((type == LIVEUPDATE_NOTE_HANDLER || type == LIVEUPDATE_NOTE_IOMMU) &&
 	    compat_module(next->release, string, module, sizeof(module))) {
-		item(p, "next kernel", true, true, "the file handler %s is in its module %s", string,
-		     module);
+		item(p, "next kernel", true, true, "the %s %s is in its module %s",
+		     compat_type_name(type), string, module);
 		return true;
 	}
 	item(p, "next kernel", false, true,

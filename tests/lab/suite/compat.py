@@ -34,12 +34,15 @@ def preflight_tells_what_the_next_kernel_would_lose(ctx):
         same = (vm.share / "same").read_bytes()
         (vm.share / "cut").write_bytes(same[:1 << 20])
         packed = vmlinux(same)
-        for name, what in (("other", b"vfio-pci-v1\0"), ("bare", b"LiveUpdate\0")):
+        for name, what in (("other", b"vfio-pci-v1\0"), ("iommu", b"vtd-v1\0"), ("mode", b"noiommu-v1\0"),
+                           ("bare", b"LiveUpdate\0")):
             expect(packed.count(what) > 0, f"the kernel has no note with {what}")
             (vm.share / name).write_bytes(packed.replace(what, b"x" + what[1:]))
         vm.run("kexec -s -l /lab/same --reuse-cmdline")
         preflight(vm, ("same", 0, f"/lab/same, {(build / 'release').read_text().strip()} takes over all"),
                   ("other", 5, "/lab/other has not the file handler vfio-pci-v1"),
+                  ("iommu", 5, "/lab/iommu has not the IOMMU vtd-v1"),
+                  ("mode", 5, "/lab/mode has not the IOMMU noiommu-v1"),
                   ("bare", 5, "/lab/bare does not say what it can take over"),
                   ("cut", 5, "/lab/cut cannot be read as a kernel: it is cut off"))
 
