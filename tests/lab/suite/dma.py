@@ -377,6 +377,13 @@ def every_vector_pending_fires_after_two_kexecs(ctx, **kw):
     expect(pending(ctx, "dma.unclaimed=1", kexecs=2, **kw) == (8, 0), "a message was sent in the blackout")
 
 
+@everywhere
+@test(part="dma")
+def every_vector_fires_if_it_was_not_set_up_at_once(ctx, **kw):
+    """The first time it fails, which takes what is pending: each of the nine is signalled the next time."""
+    expect(pending(ctx, "dma.badirq=1", **kw) == (9, 0), "vectors did not fire, or a message was sent")
+
+
 def messages(run, begin, end):
     """How many of the nvme's interrupts came to a local APIC while it was frozen.
 

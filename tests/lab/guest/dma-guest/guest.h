@@ -18,6 +18,7 @@
  *   dma.mode=    what to do instead of the plain run, see modes.c
  *   dma.kexecs=N how many to do in a row
  *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
+ *   dma.badirq=1 the first time that a new owner sets them up it fails
  *   dma.cpus=MASK which CPUs the first kernel directs them to
  *   dma.unclaimed=1 the kernels between the first and the last take everything back as an
  *                agent does: no interrupts are set up, the BAR is not mapped
@@ -239,6 +240,7 @@ int try_flr(void);
 bool can_read_config(void);
 int write_by_eventfd(int reg, uint32_t val);
 void set_irqs(int fd, uint32_t index, unsigned int nr);
+void fail_to_set_irqs(void);
 uint64_t irq_count(unsigned int vector);
 
 /* frozen.c */

@@ -225,6 +225,8 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 	if (irq && claim) {
 		if (mode->every_vector)
 			drain();
+		if (atoi(param("dma.badirq", "0")))
+			fail_to_set_irqs();
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
 		check_pending();
 	}

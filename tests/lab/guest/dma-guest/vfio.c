@@ -285,17 +285,11 @@ int try_hot_reset(int fd)
 	return ioctl(fd, VFIO_DEVICE_PCI_HOT_RESET, &reset) ? -errno : 0;
 }
 
-/* An eventfd for each of @nr vectors; of the device under test they are irqfd[]. */
-void set_irqs(int fd, uint32_t index, unsigned int nr)
+static int try_set_irqs(int fd, uint32_t index, const int *efd, unsigned int nr)
 {
 	char buf[sizeof(struct vfio_irq_set) + MAX_VECTORS * sizeof(int)];
 	struct vfio_irq_set *set = (void *)buf;
-	int efd[MAX_VECTORS];
 
-	for (unsigned int i = 0; i < nr; i++) {
-		efd[i] = eventfd(0, EFD_NONBLOCK);
-		check(efd[i], "eventfd");
-	}
 	*set = (struct vfio_irq_set) {
 		.argsz = sizeof(*set) + nr * sizeof(int),
 		.flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
@@ -303,7 +297,38 @@ void set_irqs(int fd, uint32_t index, unsigned int nr)
 		.count = nr,
 	};
 	memcpy(set->data, efd, nr * sizeof(int));
-	check(ioctl(fd, VFIO_DEVICE_SET_IRQS, set), "SET_IRQS");
+	return ioctl(fd, VFIO_DEVICE_SET_IRQS, set) ? -errno : 0;
+}
+
+static void make_eventfds(int *efd, unsigned int nr)
+{
+	for (unsigned int i = 0; i < nr; i++) {
+		efd[i] = eventfd(0, EFD_NONBLOCK);
+		check(efd[i], "eventfd");
+	}
+}
+
+/* One of the vectors cannot be had, when those before it can: its eventfd is none. */
+void fail_to_set_irqs(void)
+{
+	unsigned int nr = driver->vectors;
+	int efd[MAX_VECTORS], ret;
+
+	make_eventfds(efd, nr);
+	close(efd[nr - 1]);
+	ret = try_set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, efd, nr);
+	verdict(ret == -EBADF, "setting the vectors up fails", ret);
+	for (unsigned int i = 0; i < nr - 1; i++)
+		close(efd[i]);
+}
+
+/* An eventfd for each of @nr vectors; of the device under test they are irqfd[]. */
+void set_irqs(int fd, uint32_t index, unsigned int nr)
+{
+	int efd[MAX_VECTORS];
+
+	make_eventfds(efd, nr);
+	must(try_set_irqs(fd, index, efd, nr), "SET_IRQS");
 	if (fd != dev)
 		return;
 	memcpy(irqfd, efd, nr * sizeof(int));
