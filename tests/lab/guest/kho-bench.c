@@ -200,6 +200,17 @@ static unsigned long meminfo_kib(const char *key)
 	return p ? strtoul(p + strlen(key), NULL, 10) : 0;
 }
 
+/* Pages that the kernel moved so far: compaction's, above all. */
+static size_t count_moved(void)
+{
+	static char buf[65536];
+	char *p = slurp("/proc/vmstat", buf, sizeof(buf)) < 0 ? NULL : strstr(buf, "pgmigrate_success ");
+
+	if (!p)
+		die("vmstat");
+	return strtoul(strchr(p, ' '), NULL, 10);
+}
+
 /*
  * Free memory with the pages that wait on the lists of the CPUs, which MemFree leaves out: tens
  * of MiB if huge pages were freed before.
@@ -587,8 +598,8 @@ static void report_runs(char *p, size_t n)
 		if (in_scratch(pfn[i] * PAGE))
 			scratched++;
 	}
-	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu huge=%zu node1=%zu large=%zu", n, runs, scratched,
-	    absent, count_huge(pfn, n), count_node1(p, n), count_large(pfn, n));
+	say("pages=%zu runs=%zu in_scratch=%zu absent=%zu huge=%zu node1=%zu large=%zu moved=%zu", n, runs,
+	    scratched, absent, count_huge(pfn, n), count_node1(p, n), count_large(pfn, n), count_moved());
 	free(pfn);
 }
 
@@ -978,6 +989,8 @@ int main(void)
 		if (s < 0)
 			die("retrieve session");
 		close(lu);
+		/* Memory that lies as the pattern says is what compaction is for. */
+		spit("/proc/sys/vm/compaction_proactiveness", "0");
 		if (atoi(param("fill", "0")))
 			fill_memory(len, 1);
 		t = now_us();
@@ -994,7 +1007,7 @@ int main(void)
 		say("finish_us=%llu", (unsigned long long)(now_us() - t));
 		close(s);
 		p = map_memfd(arg.fd, len);
-		/* At once: compaction moves pages that no device uses when large blocks are short. */
+		/* At once: when large blocks are short compaction moves pages that no device uses. */
 		if (filler)
 			report_runs(p, len / PAGE);
 		/*
