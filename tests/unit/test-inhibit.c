@@ -188,6 +188,23 @@ static void kill_khod(void)
 	cr_assert(sim_killed(sim_wait(sim)));
 }
 
+static int times(const char *text, const char *words)
+{
+	int n = 0;
+
+	for (; (text = strstr(text, words)); text++)
+		n++;
+	return n;
+}
+
+/* So often: logind may have given out a lock that khod has not got yet. */
+static void must_have_refused(int n)
+{
+	for (int i = 0; i < 2000 && times(sim_log(sim), "A kexec is refused.") < n; i++)
+		usleep(10000);
+	cr_assert(times(sim_log(sim), "A kexec is refused.") >= n, "not %d\n%s", n, sim_log(sim));
+}
+
 /* It failed in the last handover; the lock outlives khod, but not its ordered end. */
 Test(inhibit, a_refusal_outlives_khod)
 {
@@ -199,6 +216,7 @@ Test(inhibit, a_refusal_outlives_khod)
 	for (int i = 0; i < 3; i++) {
 		must_start(sim);
 		must_be_for("Workload mem would be lost");
+		must_have_refused(i + 1);
 		kill_khod();
 		cr_assert(logind_locks(logind, "block") == 1, "start %d", i);
 	}
