@@ -41,6 +41,7 @@
  *                         of a table leads to the same one);
  *                         with expect=refused the next kernel must come up
  *                         without the session and with working memory
+ *   khobench.next=ARG     one more argument for the next kernel
  *   khobench.rounds=N     handovers in a row (default 1)
  *   khobench.stage=N      set by stage N - 1
  */
@@ -833,7 +834,7 @@ static void damage_map(const char *how, char *preserved)
 
 static void load_kernel(int next_stage)
 {
-	char next[sizeof(cmdline) + 32], *p;
+	char next[sizeof(cmdline) + 128], *p;
 	int k = open(KERNEL, O_RDONLY);
 
 	if (k < 0)
@@ -843,6 +844,8 @@ static void load_kernel(int next_stage)
 	if (p)
 		*p = 0;
 	snprintf(next + strlen(next), 32, " khobench.stage=%d", next_stage);
+	if (*param("next", ""))
+		snprintf(next + strlen(next), sizeof(next) - strlen(next), " %s", param("next", ""));
 	if (syscall(SYS_kexec_file_load, k, -1, strlen(next) + 1, next,
 		    KEXEC_FILE_NO_INITRAMFS))
 		die("kexec_file_load");

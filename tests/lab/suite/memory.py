@@ -183,6 +183,15 @@ def a_map_that_overlaps_is_refused(ctx):
     ctx.figure("lost", f"{(old - new) >> 10} MiB of 1 GiB")
 
 
+@test(part="memory", kernels=EAGER)
+def memory_that_the_next_kernel_reserves_is_refused(ctx):
+    """By its command line, where memory is preserved; what was reserved before that stays so."""
+    got = hand_over(ctx.kernel("eager"), Shape(300), memory="1G",
+                    options="khobench.expect=refused khobench.next=cma=16M@512M")
+    expect(got.says("failed to reserve .* -EBUSY"), "the kernel says no reason")
+    expect(got.says("disabling KHO revival"), "the handover was not refused")
+
+
 @test(part="memory")
 def a_folio_with_a_hole_in_its_memory_is_refused(ctx):
     """Of which the first and the last page are there."""
