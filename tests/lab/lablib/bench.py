@@ -217,7 +217,9 @@ def image() -> None:
          build, PROJECT], log=log, what="configuring the benchmark")
     run(["ninja", "-C", build, "tests/bench/image-bench"], log=log, what="building the benchmark")
     print("\nthe state image", flush=True)
-    subprocess.run([build / "tests" / "bench" / "image-bench"], check=True)
+    status = subprocess.run([build / "tests" / "bench" / "image-bench"], check=False).returncode
+    if status:
+        raise LabError(f"{build}/tests/bench/image-bench failed (exit status {status})")
 
 
 PARTS = {"gap": gap, "restore": bench_restore.main, "plain": bench_plain.main, "shapes": bench_memory.main,
@@ -240,10 +242,14 @@ def main(names, limit, minutes) -> int:
         if n not in FIGURES:
             raise LabError(f"no figure named {n}; there are {', '.join(FIGURES)}")
     print(f"at most {limit} pairs each" + (f", {minutes:g} minutes each" if minutes else ""))
+    failed = []
     for n in names or FIGURES:
-        if n == "image":
-            image()
-            continue
-        take = PARTS.get(n) or (lambda *a, n=n: measure(n, *a))
-        take(limit, minutes * 60 or float("inf"))
+        take = {"image": lambda *_: image(), **PARTS}.get(n) or (lambda *a, n=n: measure(n, *a))
+        try:
+            take(limit, minutes * 60 or float("inf"))
+        except LabError as e:
+            say(f"error: {n}: {e}")
+            failed.append(n)
+    if failed:
+        raise LabError(f"not taken to the end: {', '.join(failed)}")
     return 0

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def guest(a):
     debug = "debug" in (a.kernel, vars(a).get("next"))
     needs = {**(DEBUG_GUEST if debug else {}), **({"memory": a.memory} if a.memory else {})}
     events = traced(a)
-    with VM(kernel.build(a.kernel, as_is=a.as_is), full_image(), name=a.verb, machine=a.machine,
+    with VM(kernel.build(a.kernel, as_is=a.as_is), full_image(a.as_is), name=a.verb, machine=a.machine,
             devices=a.device, init=a.init, cpus=a.cpus, append=a.append, pressure=a.pressure, qemu=a.qemu,
             trace=events, boot_timeout=SLOW if debug else None, **needs) as vm:
         vm.ready()
@@ -215,7 +216,7 @@ back. The lab says where the logs are.""")
         g.add_argument("--as-is", action="store_true",
                        help="a kernel from the tree as it stands, not exported commits too")
         g.add_argument("--machine", default="noiommu", metavar="PROFILE",
-                       help=", ".join(PROFILES) + " (default: noiommu)")
+                       help="; ".join(f"{name}: {p[3]}" for name, p in PROFILES.items()) + " (default: noiommu)")
         g.add_argument("--qemu", default="", metavar="SERIES",
                        help="7.2, fetched when needed; default: the profile's, else the installed one")
         g.add_argument("--device", action="append", default=[],
@@ -223,10 +224,13 @@ back. The lab says where the logs are.""")
                        "another function of the device before it, and so with the other NICs")
         g.add_argument("--init", default="systemd" if name == "run" else "bare",
                        choices=("systemd", "bare"), help="PID 1 (default: %(default)s)")
-        g.add_argument("--memory", help="default: 1G; 3G with the debug kernel")
+        g.add_argument("--memory", help="with a unit, as QEMU takes it (default: 1G; 3G with the debug "
+                       "kernel)")
         g.add_argument("--cpus", type=positive, default=1, help="default: 1")
         g.add_argument("--append", default="", help="more for the kernel's command line")
-        g.add_argument("--trace", action="append", default=[], metavar="EVENT", help="a QEMU trace event")
+        g.add_argument("--trace", action="append", default=[], metavar="EVENT",
+                       help="a QEMU trace event, with wildcards; can be given more than once; they are written to "
+                       "trace.log in the folder of the logs, which `lab trace` reads")
         g.add_argument("--send", type=positive, metavar="RATE", help="send so many numbered packets a second "
                        "to the first NIC, e1000e or igb, and count those that it writes to memory. The NIC writes "
                        "none before a driver in the guest has set it up: `--init systemd --device e1000e "
@@ -261,7 +265,10 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
     t.add_argument("--fresh", action="store_true", help="run parts again that passed on this tree")
     t.set_defaults(run=verb_check_long)
 
-    d = verbs.add_parser("demo", help="show a kexec under a device that goes on with DMA")
+    d = verbs.add_parser("demo", help="show a kexec under a device that goes on with DMA", description="""
+Boot a guest whose NIC is a workload's under khod, send it packets from outside all the time, type
+`systemctl kexec` in it, and print what happened by khod's account and by the host's clock and QEMU's
+trace: how many packets were written to memory, and how many while no kernel drove the NIC.""")
     d.add_argument("--machine", default="vtd-scalable", choices=demo.IOMMUS,
                    help="the IOMMU, if any (default: %(default)s)")
     d.set_defaults(run=verb_demo)
@@ -274,7 +281,9 @@ tree is not run again. What each gave is written to docs/results/PART.md.""")
                    "some figures take fewer")
     b.set_defaults(run=verb_bench)
 
-    c = verbs.add_parser("cache", help="print the folder of the cache")
+    c = verbs.add_parser("cache", help="print the folder of the cache", description="""
+Print the folder in which sources, kernels, root file systems and the logs of runs are kept, outside of
+the clone. KHO_CACHE moves it; all of it can be removed, and is made again.""")
     c.set_defaults(run=verb_cache)
     return p
 
@@ -316,6 +325,9 @@ def main():
         return 1
     except OSError as e:
         print(f"lab: error: {of_system(e)}", file=sys.stderr)
+        return 1
+    except subprocess.SubprocessError as e:
+        print(f"lab: error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -7,16 +7,19 @@ from . import kernel, rootfs
 from .common import cache_dir, digest, note
 
 
-def full_image() -> Path:
-    return rootfs.image(selftests())
+def full_image(as_is=False) -> Path:
+    return rootfs.image(selftests(as_is))
 
 
-def selftests() -> Path:
-    """Upstream's selftests with the series' own.
+def selftests(as_is=False) -> Path:
+    """Upstream's selftests with the series' own; with @as_is those of the kernel tree as it stands.
 
     Which folder a series led to is remembered, so that a guest can be started while
     somebody builds in the kernel tree.
     """
+    if as_is:
+        with kernel.tree_lock():
+            return rootfs.selftests(kernel.tree())
     key = digest(kernel.source_version(), kernel.patches_of(kernel.patches()),
                  rootfs.base("build").name, rootfs.BUILD_SELFTESTS)
     known = cache_dir() / "selftests" / f"{key}.of-series"

@@ -121,6 +121,9 @@ def unpack(deb: Path) -> None:
             return
         raise LabError(f"the kernel tree {dest} holds {stamp.read_text().strip()}, the series wants "
                        f"{version}; export what you need from it and remove it")
+    if dest.exists():
+        raise LabError(f"{dest} is there and is not a kernel tree that the lab has unpacked; remove it, or set "
+                       "KHO_LINUX to another folder")
     need_space(dest.parent, 12, "the kernel tree with its builds")
     with step(f"unpacking {version}"), building(dest) as tmp:
         tar = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE)
@@ -140,7 +143,6 @@ def unpack(deb: Path) -> None:
         with open(tmp / ".git/info/exclude", "a", encoding="ascii") as f:
             f.write("/build-*/\n")
         (tmp / ".git/lab-version").write_text(version + "\n")
-        shutil.rmtree(dest, ignore_errors=True)     # no tree of the lab's
 
 
 # --- the series ---------------------------------------------------------------
@@ -231,7 +233,8 @@ def apply_series() -> None:
             done.append((key, git("rev-parse", "HEAD")))
     except LabError as e:
         raise LabError(f"the patch {patch.name} does not apply to {PACKAGE} "
-                       f"{(tree() / '.git/lab-version').read_text().strip()}: {e}") from e
+                       f"{(tree() / '.git/lab-version').read_text().strip()}; correct it in kernel-patches/, or take "
+                       f"it out\n{e}") from e
     finally:
         if len(done) < len(want):
             subprocess.run(["git", "am", "--abort"], cwd=tree(), check=False, capture_output=True)
@@ -253,6 +256,12 @@ def export() -> None:
         raise LabError(f"the kernel tree {tree()} holds {len(applied())} patches that were applied there, "
                        f"and nothing new; kernel-patches/ has {len(patches())}, not the same ones: "
                        "nothing was exported; 'lab kernel tree' applies them")
+    known = {k for k, _ in applied()}
+    strange = [p.name for p in patches() if digest(p) not in known]
+    if strange:
+        raise LabError(f"kernel-patches/ has what the kernel tree {tree()} never had, and would lose it: "
+                       f"{', '.join(strange[:3])}; nothing was exported; keep your commits on a branch of another "
+                       "name there, run 'lab kernel discard', and put them on the series again")
     commits = git("rev-list", "--reverse", "base..series").split()
     cover = PATCHES / "0000-cover-letter.txt"
     text = cover_letter(cover.read_text() if cover.exists() else "", len(commits))
@@ -260,9 +269,13 @@ def export() -> None:
         git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
             "--abbrev=9",     # whatever else the repository holds
             "--subject-prefix=PATCH 7.3", "-N", "--output-directory", tmp, "base..series")
+        files = sorted(Path(tmp).iterdir())
+        if len(files) != len(commits):
+            raise LabError(f"the series in {tree()} has {len(commits)} commits, of which {len(files)} can be patches, "
+                           "as merges and empty ones cannot; nothing was exported; 'git rebase base' leaves them out")
         for old in patches():
             old.unlink()
-        for new in sorted(Path(tmp).iterdir()):
+        for new in files:
             new.rename(PATCHES / new.name)
     write_applied([(digest(p), c) for p, c in zip(patches(), commits)])
     version, tested = (tree() / ".git/lab-version").read_text().strip(), recorded_version()

@@ -184,6 +184,7 @@ class VM:
         self.senders = []           # host ends of the netdevs, in the order of the devices
         self.cpu_threads = []
         self.boots = 0
+        self.resets = 0             # of the machine, as QEMU told so far
         self.mark = 0               # line of the console at which the current boot began
         self.accel = "tcg" if icount else accelerator(self.kernel, self.emulator)
         if icount:
@@ -273,7 +274,9 @@ class VM:
         (self.dir / "command").write_text("\n".join(args) + "\n")
         (self.dir / "trace.log").touch()
         with open(self.dir / "qemu.err", "wb") as err:
-            self.proc = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=err, stderr=err,
+            # It ends with the thread that starts it, which may be killed.
+            self.proc = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *args],
+                                         stdin=subprocess.DEVNULL, stdout=err, stderr=err,
                                          env={**os.environ, **self.emulator.env},
                                          pass_fds=[s.fileno() for s in qemu_ends],
                                          start_new_session=True)
@@ -345,6 +348,9 @@ class VM:
         self.qmp.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         while True:
             answer = json.loads(self.qmp_file.readline() or "{}")
+            if "event" in answer:
+                self.resets += answer["event"] == "RESET"
+                continue
             if "return" in answer:
                 return answer["return"]
             if "error" in answer:
@@ -362,10 +368,17 @@ class VM:
 
     # --- the guest agent ---------------------------------------------------------
 
+    def panic(self):
+        """The line of the console with the panic of the current kernel, or None."""
+        return self.console.find(r"Kernel panic - not syncing", self.mark)
+
     def hang(self, what: str):
-        """A guest that does not go on: say so with its last lines."""
-        state = "ended" if not self.alive() else "did not go on in time"
-        tail = "\n".join(list(self.console.lines)[-12:])
+        """A guest that does not go on: say so with its last lines, of a kernel that panicked its own."""
+        state, last, panic = "ended" if not self.alive() else "did not go on in time", None, self.panic()
+        if panic is not None:
+            time.sleep(0.5)     # for what it says of it
+            what, last = f"{what}: the kernel panicked", panic + 12
+        tail = "\n".join(list(self.console.lines)[:last][-24 if last else -12:])
         raise LabError(f"the guest {state}: {what}\n--- last lines of its console ---\n{tail}\n"
                        f"--- the logs are in {self.dir} ---")
 
@@ -423,10 +436,8 @@ class VM:
         while time.monotonic() < deadline:
             if not self.alive():
                 self.hang("waiting for its agent")
-            panic = self.console.find(r"Kernel panic - not syncing", self.mark)
-            if panic is not None:
-                time.sleep(0.5)
-                self.hang("the kernel panicked: " + self.console.lines[panic])
+            if self.panic() is not None:
+                self.hang("waiting for its agent")
             if self.sync(1):
                 self.boots += 1
                 return self
@@ -444,7 +455,12 @@ class VM:
         pid = self.start_command(command)
         deadline, pause = time.monotonic() + timeout, 0.01
         while True:
-            r = self.agent("guest-exec-status", pid=pid)
+            try:
+                r = self.agent("guest-exec-status", pid=pid)
+            except LabError:
+                if self.panic() is None:    # else it is of the kernel that was booted after it
+                    raise
+                r = None
             if r is None:
                 self.hang(f"running '{command}'")
             if r["exited"]:
@@ -492,10 +508,19 @@ class VM:
         self.load(kernel, append)
         return self.reboot_loaded(timeout)
 
+    def count_resets(self) -> int:
+        """How often the machine was reset: a kernel that comes up after that was not booted by a kexec."""
+        self.qmp_do("query-status")     # what it said before is read, too
+        return self.resets
+
     def reboot_loaded(self, timeout: float = None):
-        self.mark = len(self.console.lines)
+        """kexec into what is loaded. That no kernel came up is an error, and that the machine was reset."""
+        self.mark, resets = len(self.console.lines), self.count_resets()
         self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
         self.next_boot("the kexec", timeout)
+        if self.count_resets() != resets:
+            raise LabError(f"there was no kexec: the machine was reset, and booted again\n"
+                           f"--- the logs are in {self.dir} ---")
         if self.pressure:
             self.run(PRESSURE[self.init])
         return self

@@ -16,6 +16,9 @@ from lablib.images import full_image
 from lablib.qemu import VM
 
 
+LEFT = "left half done"
+
+
 class Scratch:
     """A copy of what the lab is made of, an empty cache, and the lab run on them."""
 
@@ -52,7 +55,13 @@ class Scratch:
         for w in words:
             expect(w in result.stderr, f"'{w}' is not in: {result.stderr[-800:]}")
         left = [p.name for p in self.cache.rglob("*.new")]
-        expect(not left, f"left half done: {left}")
+        expect(not left and LEFT not in result.stderr, f"left half done: {left}{result.stderr[-800:]}")
+
+    def with_small_cache(self, size):
+        """A prefix: the cache is a file system of its own, which nobody sees afterwards."""
+        script = (f'mount -t tmpfs -o size={size} tmpfs {self.cache} || exit; "$@"; r=$?; '
+                  f'find {self.cache} -name "*.new" -printf "{LEFT}: %p\\n" >&2; exit $r')
+        return [*in_namespace("--mount"), "sh", "-c", script, "sh"]
 
     def python(self, code, prefix=(), **env):
         """@code with the lab's modules, which are in the folder that is its argument."""
@@ -162,10 +171,8 @@ def two_verbs_that_fetch(ctx):
 @test(kernels=(), image=False)
 def no_space(ctx):
     with Scratch() as s:
-        mount = (f"mount -t tmpfs -o size=64M tmpfs {s.cache} && exec "
-                 f"{s.project}/tests/lab/lab kernel tree")
-        r = subprocess.run([*in_namespace("--mount"), "sh", "-c", mount], capture_output=True,
-                           text=True, check=False, env=s.environment())
+        r = subprocess.run([*s.with_small_cache("64M"), f"{s.project}/tests/lab/lab", "kernel", "tree"],
+                           capture_output=True, text=True, check=False, env=s.environment())
         s.refused(r, "no space", "GiB", "KHO_CACHE")
 
 
@@ -207,7 +214,7 @@ with open(cli.cache_dir() / "file", "wb", buffering=0) as f:
     except OSError:
         pass
 cli.kernel.build = lambda *a, **kw: cli.cache_dir()
-cli.full_image = lambda: cli.cache_dir() / "file"
+cli.full_image = lambda *a: cli.cache_dir() / "file"
 sys.argv[1:] = ["run"]
 sys.exit(cli.main())
 """
@@ -220,9 +227,7 @@ def no_space_for_a_guest(ctx):
         # One of the two waits for the system to refuse, whatever is written first.
         for gib, words in ((None, ("no space: a guest needs", "KHO_CACHE")), ("0", ("No space left", "KHO_CACHE"))):
             env = {"KHO_LAB_ACCEL": "tcg", **({"KHO_LAB_NEED_GIB": gib} if gib else {})}
-            mount = f'mount -t tmpfs -o size=4M tmpfs {s.cache} && exec "$@"'
-            r = s.python(FULL, [*in_namespace("--mount"), "sh", "-c", mount, "sh"], **env)
-            s.refused(r, *words)
+            s.refused(s.python(FULL, s.with_small_cache("4M"), **env), *words)
 
 
 @test(kernels=(), image=False)
@@ -315,6 +320,36 @@ def commits_that_were_not_exported(ctx):
         r = s.lab("kernel", "export")
         expect(r.returncode == 0 and "WARNING" not in r.stderr, f"not exported: {r.stderr}")
         expect((s.project / "kernel-patches/0003-three.patch").exists(), "the commit was not exported")
+        git(tree, "commit", "-q", "--allow-empty", "-m", "nothing")
+        s.refused(s.lab("kernel", "export"), "4 commits, of which 3 can be patches")
+        git(tree, "reset", "-q", "--hard", "HEAD^")
+        commit(tree, "four")
+        (s.project / "kernel-patches/0004-pulled.patch").write_text("of somebody else\n")
+        s.refused(s.lab("kernel", "export"), "never had", "0004-pulled.patch", "lab kernel discard")
+        expect((s.project / "kernel-patches/0004-pulled.patch").exists(), "somebody else's patch is gone")
+
+
+UNPACK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import kernel
+kernel.version_of = lambda _: "1"
+try:
+    kernel.unpack(None)
+except kernel.LabError as e:
+    print(e)
+"""
+
+
+@test(kernels=(), image=False)
+def a_kernel_tree_of_somebody_else(ctx):
+    """Which KHO_LINUX names: the lab does not put its own there."""
+    with Scratch() as s:
+        own = small_tree(s).rename(s.dir / "own")
+        (own / ".git/lab-version").unlink()
+        r = s.python(UNPACK, KHO_LINUX=str(own))
+        expect(f"{own} is there and is not a kernel tree" in r.stdout, f"{r.stdout}{r.stderr}")
+        expect((own / "Makefile").exists(), "the tree is gone")
 
 
 @test(kernels=(), image=False)

@@ -57,3 +57,27 @@ def lab_loop_stops_at_the_first_failure(ctx):
     boots = console.read_text(errors="replace").count("Linux version ")
     expect(boots == 3, f"{boots} boots in {console}")
     shutil.rmtree(logs[1])
+
+
+# What is to boot the loaded kernel resets the machine.
+RESET = """
+mv /usr/sbin/kexec /usr/sbin/real-kexec
+printf '#!/bin/sh\\n[ "$1" = -e ] && echo b >/proc/sysrq-trigger; exec real-kexec "$@"\\n' >/usr/sbin/kexec
+chmod +x /usr/sbin/kexec
+"""
+
+
+@test()
+def lab_loop_takes_no_reset_for_a_kexec(ctx):
+    """The same kernel comes up then, too."""
+    r = lab("loop", "3", "--init", "bare", "--", RESET)
+    expect(r.returncode == 1 and re.findall(r"^kexec (\d)", r.stdout, re.M) == ["1"] and
+           "the machine was reset" in r.stderr, f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
+
+
+@test()
+def a_panic_in_a_command_is_told(ctx):
+    """By its own words, not by those of the kernel that is booted after it."""
+    r = lab("run", "--init", "bare", "--", "echo c > /proc/sysrq-trigger; sleep 60")
+    expect(r.returncode == 1 and "the kernel panicked" in r.stderr and "sysrq triggered crash" in r.stderr,
+           f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
