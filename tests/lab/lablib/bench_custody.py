@@ -3,8 +3,8 @@
 
 The shapes of bench_memory.py, on the unpatched and the patched kernel, and on the patched one
 with a NIC beside the memory, which is a workload of its own (what devices pay for memory that
-they reach is bench_device.py's). Small shapes one after the other in one guest of each kind, then
-large ones; one guest at a time. Times are by the host's clock, from the request (`systemctl kexec`)
+they reach is bench_device.py's). The shapes that need as large a guest one after the other in one of
+each kind; one guest at a time. Times are by the host's clock, from the request (`systemctl kexec`)
 on, with the memory preserved before, but for `register`, which is khod taking it and preserving it.
 """
 
@@ -14,7 +14,7 @@ import re
 import time
 
 from . import bench_memory, kernel, nic
-from .bench_memory import RESULTS, UNPATCHED_MAX
+from .bench_memory import GIB, RESULTS
 from .common import LabError, say
 from .images import full_image
 from .memory import Shape
@@ -23,14 +23,14 @@ from .qemu import VM
 TOOLS = "/usr/lib/khod/tests"
 ROUNDS = 3
 TIMEOUT = 600
+UNPATCHED_MAX = {"contig": 8 * GIB, "hole": GIB, "second": 256}
 KINDS = ("unpatched", "patched", "with a device")
 MARKS = (("kernel", r"Starting new kernel"), ("console", r"console \[ttyS0\] enabled"),
          ("init", r"Run /\S+ as init process"))
 READY, SWAPPED = r"khod\[\d+\]: khod \S+ is ready", r"khod\[\d+\]: Workload nic is restored"
 COLUMNS = ("register", *(name for name, _ in MARKS), "devices swapped", "khod ready")
 GAPS = {"contig": "", "hole": "--gap 99", "second": "--gap 1"}
-SHAPES = [s for s in bench_memory.SHAPES if s.pattern == "contig" or s.pattern in GAPS and not s.huge and
-          s.mib <= 4 * bench_memory.GIB]
+SHAPES = [s for s in bench_memory.SHAPES if s.pattern == "contig" or s.pattern in GAPS and not s.huge]
 
 
 def register(vm, shape) -> dict:
@@ -85,17 +85,22 @@ def handover(vm, shape, device) -> dict:
     return got
 
 
-def measure(kind, build, shapes, end) -> dict:
-    """The handovers of @kind by shape, one after the other in one guest; none begun after @end."""
+def measure(kind, build, memory, end) -> dict:
+    """The handovers of @kind in a guest with @memory, by shape; none begun after @end."""
     got, device = {}, kind == "with a device"
-    with guest(build, bench_memory.guest_memory(shapes[0]), device) as vm:
+    shapes = [s for s in SHAPES if bench_memory.guest_memory(s) == memory and
+              (kind != "unpatched" or s.mib <= UNPATCHED_MAX[s.pattern])]
+    if not shapes:
+        return got
+    if not bench_memory.fits(memory):
+        say(f"left out, as this host has no {memory} of memory that is free: {'; '.join(map(str, shapes))}")
+        return got
+    with guest(build, memory, device) as vm:
         vm.ready()
         handover(vm, Shape(0), device)      # the first kexec of a guest is not like the later ones
         for shape in shapes:
             if time.monotonic() > end:
                 break
-            if kind == "unpatched" and shape.mib > UNPATCHED_MAX[shape.pattern]:
-                continue
             got[str(shape)] = handover(vm, shape, device)
             say(f"{shape}, {kind}: " + ", ".join(
                 f"{k} {v:.2f}" for k, v in got[str(shape)].items() if k != "runs"))
@@ -103,20 +108,19 @@ def measure(kind, build, shapes, end) -> dict:
 
 
 def main(limit, seconds) -> None:
-    """At most @limit rounds (ROUNDS), each written down when it is over; no shape begun after @seconds."""
+    """At most @limit rounds (ROUNDS), written down after each guest; no shape begun after @seconds."""
     builds = (kernel.build("minimal"), kernel.build("minimal", unpatched=True))
     results, start = {}, time.monotonic()
     for n in range(min(limit, ROUNDS)):
-        for large in (False, True):
+        for memory in dict.fromkeys(map(bench_memory.guest_memory, SHAPES)):
             for kind in KINDS if n % 2 == 0 else KINDS[::-1]:
                 if time.monotonic() - start > seconds:
                     break
-                shapes = [s for s in SHAPES if bench_memory.is_large(s) == large]
-                for shape, times in measure(kind, builds[kind == "unpatched"], shapes, start + seconds).items():
+                for shape, times in measure(kind, builds[kind == "unpatched"], memory, start + seconds).items():
                     rounds = results.setdefault(shape, [])
                     rounds += [{} for _ in range(n + 1 - len(rounds))]
                     rounds[n][kind] = times
-        text = write(results, time.monotonic() - start)
+                text = write(results, time.monotonic() - start)
     print(text, flush=True)
 
 
