@@ -204,6 +204,15 @@ def a_damaged_map_is_refused_if_scratch_is_not_extended(ctx):
     refused(ctx, "range", "liveupdate_test_fail=extend-scratch:1")
 
 
+@test(part="memory")
+def memory_comes_back_if_scratch_is_not_extended(ctx):
+    """No memory to note which parts are busy, or to mark those that are not: scratch alone has to do."""
+    for step in ("extend-scratch", "mark-scratch"):
+        got = hand_over(ctx.kernel(), Shape(128, "second"), memory="6G",
+                        options=f"khobench.fill=1 liveupdate_test_fail={step}:1")
+        expect(got.says("Failed to extend scratch: -ENOMEM"), f"{step} did not fail")
+
+
 def loaded_counts(vm, line, scratch):
     """Of what is loaded preflight says the same, and khoctl after loading; what is too large even for that is not."""
     r = vm.run("kexec -s -l /lab/next --reuse-cmdline", check=False)
