@@ -2,6 +2,7 @@
 """What every verb of the lab needs: errors, the cache, locks, running programs."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -108,7 +109,8 @@ def run(cmd, *, log=None, what=None, cwd=None, env=None, stdin=None, timeout=Non
     if r.returncode == 0:
         return "" if log else r.stdout.decode(errors="replace")
     tail = last_lines(Path(log)) if log else (r.stderr or r.stdout).decode(errors="replace")[-2000:]
-    raise LabError(f"{what}: failed (exit status {r.returncode})\n{tail.rstrip()}"
+    full = "; remove something, or set KHO_CACHE to a larger file system" if os.strerror(errno.ENOSPC) in tail else ""
+    raise LabError(f"{what}: failed (exit status {r.returncode}){full}\n{tail.rstrip()}"
                    + (f"\nthe whole log is {log}" if log else ""))
 
 

@@ -168,12 +168,25 @@ def two_verbs_that_fetch(ctx):
         expect(r.stdout == "1\n" and "waiting" in r.stderr, f"at a time: {r.stdout}{r.stderr}")
 
 
+FILLED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lablib import cli
+from lablib.common import run
+cli.kernel.prepare = lambda: run(["dd", "if=/dev/zero", f"of={cli.cache_dir()}/file"], what="making a file")
+sys.argv[1:] = ["kernel", "tree"]
+sys.exit(cli.main())
+"""
+
+
 @test(kernels=(), image=False)
 def no_space(ctx):
     with Scratch() as s:
         r = subprocess.run([*s.with_small_cache("64M"), f"{s.project}/tests/lab/lab", "kernel", "tree"],
                            capture_output=True, text=True, check=False, env=s.environment())
         s.refused(r, "no space", "GiB", "KHO_CACHE")
+        # A program that the lab runs finds none, in the middle of its work.
+        s.refused(s.python(FILLED, s.with_small_cache("4M")), "making a file: failed", "remove something", "KHO_CACHE")
 
 
 ROOT = """
