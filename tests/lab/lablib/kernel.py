@@ -269,7 +269,7 @@ def export() -> None:
         git("format-patch", "--quiet", "--no-signature", "--zero-commit", "--no-base",
             "--abbrev=9",     # whatever else the repository holds
             "--subject-prefix=PATCH 7.3", "-N", "--output-directory", tmp, "base..series")
-        files = sorted(Path(tmp).iterdir())
+        files = sorted(p for p in Path(tmp).iterdir() if b"\ndiff --git " in p.read_bytes())
         if len(files) != len(commits):
             raise LabError(f"the series in {tree()} has {len(commits)} commits, of which {len(files)} can be patches, "
                            "as merges and empty ones cannot; nothing was exported; 'git rebase base' leaves them out")
