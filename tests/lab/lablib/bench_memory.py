@@ -215,7 +215,7 @@ def take(shapes, builds, limit, seconds, write) -> None:
         for shape in shapes:
             if time.monotonic() - start > seconds:
                 break
-            order = builds if n % 2 == 0 else dict(reversed(builds.items()))
+            order = builds if n % 2 else dict(reversed(builds.items()))
             rounds = results.setdefault(str(shape), [])
             rounds.append(measure(shape, order, rounds))
             got = rounds[-1]
