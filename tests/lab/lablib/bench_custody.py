@@ -8,6 +8,7 @@ each kind; one guest at a time. Times are by the host's clock, from the request 
 on, with the memory preserved before, but for `register`, which is khod taking it and preserving it.
 """
 
+import itertools
 import json
 import os
 import re
@@ -108,11 +109,12 @@ def measure(kind, build, memory, end) -> dict:
 
 
 def main(limit, seconds) -> None:
-    """At most @limit rounds (ROUNDS), written down after each guest; no shape begun after @seconds."""
+    """At most @limit rounds (ROUNDS), written down at the end, however it comes; no shape begun after @seconds."""
     builds = (kernel.build("minimal"), kernel.build("minimal", unpatched=True))
     results, start = {}, time.monotonic()
-    for n in range(min(limit, ROUNDS)):
-        for memory in dict.fromkeys(map(bench_memory.guest_memory, SHAPES)):
+    try:
+        for n, memory in itertools.product(range(min(limit, ROUNDS)),
+                                           dict.fromkeys(map(bench_memory.guest_memory, SHAPES))):
             for kind in KINDS if n % 2 == 0 else KINDS[::-1]:
                 if time.monotonic() - start > seconds:
                     break
@@ -120,8 +122,8 @@ def main(limit, seconds) -> None:
                     rounds = results.setdefault(shape, [])
                     rounds += [{} for _ in range(n + 1 - len(rounds))]
                     rounds[n][kind] = times
-                text = write(results, time.monotonic() - start)
-    print(text, flush=True)
+    finally:
+        print(write(results, time.monotonic() - start), flush=True)
 
 
 def write(results, seconds) -> str:

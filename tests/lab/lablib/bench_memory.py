@@ -11,6 +11,7 @@ run on the patched kernel alone, and the output says so. The largest guest has 1
 has no memory for is left out.
 """
 
+import itertools
 import json
 import math
 import os
@@ -207,25 +208,22 @@ def report(title, shapes, results, seconds, kinds=KINDS) -> str:
 def take(shapes, builds, limit, seconds, write) -> None:
     """Rounds over all of @shapes, so that a drift of the machine meets all of them alike.
 
-    At most @limit rounds; no handover begins after @seconds. @write(results, seconds) after each
-    shape, and what it returns is printed at the end: what ends a late one does not take the others with it.
+    At most @limit rounds; no handover begins after @seconds. What @write(results, seconds) returns is
+    printed at the end, which may be an error. (Not before: guests have this project in their image.)
     """
     results, start = {}, time.monotonic()
-    for n in range(limit):
-        for shape in shapes:
+    try:
+        for n, shape in itertools.product(range(limit), shapes):
             if time.monotonic() - start > seconds:
                 break
-            order = builds if n % 2 else dict(reversed(builds.items()))
             rounds = results.setdefault(str(shape), [])
-            rounds.append(measure(shape, order, rounds))
-            got = rounds[-1]
+            got = measure(shape, builds if n % 2 else dict(reversed(builds.items())), rounds)
+            rounds.append(got)
             print(f"round {n + 1}: {shape}: " + "; ".join(
                 f"{k} console {v['console']:.3f} retrieve {v.get('retrieve', 0):.3f}"
                 for k, v in got.items()), flush=True)
-            page = write(results, time.monotonic() - start)
-        if time.monotonic() - start > seconds:
-            break
-    print(page, flush=True)
+    finally:
+        print(write(results, time.monotonic() - start), flush=True)
 
 
 def write_shapes(results, seconds) -> str:
