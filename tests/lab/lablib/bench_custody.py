@@ -24,6 +24,7 @@ from .qemu import VM
 TOOLS = "/usr/lib/khod/tests"
 ROUNDS = 3
 TIMEOUT = 600
+# What the unpatched kernel does within TIMEOUT, and so in each round.
 UNPATCHED_MAX = {"contig": 8 * GIB, "hole": GIB, "second": 256}
 KINDS = ("unpatched", "patched", "with a device")
 MARKS = (("kernel", r"Starting new kernel"), ("console", r"console \[ttyS0\] enabled"),
@@ -91,10 +92,7 @@ def measure(kind, build, memory, end) -> dict:
     got, device = {}, kind == "with a device"
     shapes = [s for s in SHAPES if bench_memory.guest_memory(s) == memory and
               (kind != "unpatched" or s.mib <= UNPATCHED_MAX[s.pattern])]
-    if not shapes:
-        return got
-    if not bench_memory.fits(memory):
-        say(f"left out, as this host has no {memory} of memory that is free: {'; '.join(map(str, shapes))}")
+    if not shapes or not bench_memory.fits(memory, "; ".join(map(str, shapes))):
         return got
     with guest(build, memory, device) as vm:
         vm.ready()

@@ -24,7 +24,7 @@ from .common import PROJECT, say
 from .memory import Shape, hand_over
 
 GIB = 1024
-# Small ones first: if the time is short they have more rounds.
+# Small ones first: if the time is short they have more rounds. Last what takes the unpatched kernel minutes.
 SHAPES = (Shape(0), Shape(256, huge=True), Shape(256), Shape(256, "hole"), Shape(256, "second"),
           Shape(256, "mixed"), Shape(GIB, huge=True), Shape(GIB), Shape(GIB, "hole"), Shape(GIB, "mixed"),
           Shape(0, large=True), Shape(8 * GIB, huge=True), Shape(8 * GIB), Shape(4 * GIB, huge=True),
@@ -59,10 +59,13 @@ def guest_memory(shape) -> str:
     return "11G" if is_large(shape) else "4G"
 
 
-def fits(memory: str) -> bool:
-    """Whether a guest of @memory can have it all at once, with something left for the host."""
+def fits(memory: str, what) -> bool:
+    """Whether a guest of @memory can have it all at once, with something left for the host; else say it of @what."""
     free = int(re.search(r"^MemAvailable: +(\d+)", Path("/proc/meminfo").read_text(), re.M)[1]) / 2**20
-    return int(memory.removesuffix("G")) + 1 < free
+    fit = int(memory.removesuffix("G")) + 1 < free
+    if not fit:
+        say(f"{what}: left out, as this host has no {memory} of memory that is free")
+    return fit
 
 
 def only_patched(shape, before) -> bool:
@@ -73,11 +76,10 @@ def only_patched(shape, before) -> bool:
         r["unpatched"]["console"] > ONCE for r in before if "unpatched" in r)
 
 
-def measure(shape, builds, before=()) -> dict:
-    """One handover each; the builds that can do it, by name."""
+def measure(shape, builds, before) -> dict:
+    """One handover each; the builds that can do it, by name. @before: what measure() gave of @shape so far."""
     got, memory = {}, guest_memory(shape)
-    if not fits(memory):
-        say(f"{shape}: left out, as this host has no {memory} of memory that is free")
+    if not fits(memory, shape):
         return got
     for name, build in builds.items():
         if name == "unpatched" and only_patched(shape, before):

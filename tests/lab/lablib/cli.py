@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from . import bench, check, demo, kernel, rootfs, trace
-from .common import LabError, cache_dir, say
+from .common import LabError, cache_dir, more_space, say
 from .profiles import DEBUG_GUEST, DEVICES, PROFILES, SLOW
 from .images import full_image
 from .qemu import VM, kill_all
@@ -309,8 +309,7 @@ def interrupted(_signal, _frame):
 def of_system(e: OSError) -> str:
     """A sentence for what the system refused."""
     text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
-    full = "; remove something or set KHO_CACHE to a larger file system"
-    return text + (full if e.errno in (errno.ENOSPC, errno.EDQUOT) else "")
+    return text + (f"; {more_space()}" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "")
 
 
 def main():
@@ -320,14 +319,11 @@ def main():
             signal.signal(sig, interrupted)
     try:
         return a.run(a) or 0
-    except LabError as e:
+    except (LabError, subprocess.SubprocessError) as e:
         print(f"lab: error: {e}", file=sys.stderr)
         return 1
     except OSError as e:
         print(f"lab: error: {of_system(e)}", file=sys.stderr)
-        return 1
-    except subprocess.SubprocessError as e:
-        print(f"lab: error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

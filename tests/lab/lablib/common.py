@@ -45,13 +45,18 @@ def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
+def more_space(setting="KHO_CACHE") -> str:
+    """What to do where there is none."""
+    return f"remove something or set {setting} to a larger file system"
+
+
 def need_space(path: Path, gib: float, what: str, setting="KHO_CACHE") -> None:
     """Refuse before a long step, instead of failing in the middle of it; @setting is what names @path."""
     gib = float(os.environ.get("KHO_LAB_NEED_GIB", gib))
     free = shutil.disk_usage(path).free / 2**30
     if free < gib:
         raise LabError(f"no space: {what} needs {gib:g} GiB in {path}, {free:.1f} GiB are free; "
-                       f"remove something or set {setting} to a larger file system")
+                       f"{more_space(setting)}")
 
 
 def need_program(name: str) -> str:
@@ -109,7 +114,7 @@ def run(cmd, *, log=None, what=None, cwd=None, env=None, stdin=None, timeout=Non
     if r.returncode == 0:
         return "" if log else r.stdout.decode(errors="replace")
     tail = last_lines(Path(log)) if log else (r.stderr or r.stdout).decode(errors="replace")[-2000:]
-    full = "; remove something, or set KHO_CACHE to a larger file system" if os.strerror(errno.ENOSPC) in tail else ""
+    full = f"; {more_space()}" if os.strerror(errno.ENOSPC) in tail else ""
     raise LabError(f"{what}: failed (exit status {r.returncode}){full}\n{tail.rstrip()}"
                    + (f"\nthe whole log is {log}" if log else ""))
 

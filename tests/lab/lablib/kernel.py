@@ -272,7 +272,8 @@ def export() -> None:
         files = sorted(p for p in Path(tmp).iterdir() if b"\ndiff --git " in p.read_bytes())
         if len(files) != len(commits):
             raise LabError(f"the series in {tree()} has {len(commits)} commits, of which {len(files)} can be patches, "
-                           "as merges and empty ones cannot; nothing was exported; 'git rebase base' leaves them out")
+                           "as merges and empty ones cannot; nothing was exported; 'git rebase --no-keep-empty "
+                           "--force-rebase base' leaves them out")
         for old in patches():
             old.unlink()
         for new in files:

@@ -374,11 +374,15 @@ class VM:
 
     def hang(self, what: str):
         """A guest that does not go on: say so with its last lines, of a kernel that panicked its own."""
-        state, last, panic = "ended" if not self.alive() else "did not go on in time", None, self.panic()
-        if panic is not None:
+        state = "ended" if not self.alive() else "did not go on in time"
+        panic = self.panic()
+        if panic is None:
+            lines = list(self.console.lines)[-12:]
+        else:
+            what += ": the kernel panicked"
             time.sleep(0.5)     # for what it says of it
-            what, last = f"{what}: the kernel panicked", panic + 12
-        tail = "\n".join(list(self.console.lines)[:last][-24 if last else -12:])
+            lines = list(self.console.lines)[max(panic - 12, 0):panic + 12]
+        tail = "\n".join(lines)
         raise LabError(f"the guest {state}: {what}\n--- last lines of its console ---\n{tail}\n"
                        f"--- the logs are in {self.dir} ---")
 
@@ -494,33 +498,34 @@ class VM:
         cmdline = f"{self.cmdline(kernel)} {append}".strip()
         self.run(f"kexec -s -l {path} --command-line='{cmdline}'")
 
+    def count_resets(self) -> int:
+        """How often the machine was reset so far."""
+        self.qmp_do("query-status")     # what it said before is read, too
+        return self.resets
+
     def next_boot(self, what: str, timeout: float = None):
-        """Wait for the next kernel and its agent after @what was started."""
+        """Wait for the next kernel and its agent after the kexec @what was started. A reset of the machine is none."""
+        resets = self.resets
         deadline = time.monotonic() + (timeout or self.boot_timeout)
         i = self.console.wait(BOOTED.pattern, self.mark, deadline, self.alive)
         if i is None:
             self.hang(f"no new kernel after {what}")
         self.mark = i
-        return self.ready(max(deadline - time.monotonic(), 1))
+        self.ready(max(deadline - time.monotonic(), 1))
+        if self.count_resets() != resets:
+            raise LabError(f"there was no kexec after {what}: the machine was reset, and booted again\n"
+                           f"--- the logs are in {self.dir} ---")
+        return self
 
     def kexec(self, kernel: Path = None, append: str = "", timeout: float = None):
         """Load @kernel (default: the same) and kexec into it, by systemd or directly."""
         self.load(kernel, append)
         return self.reboot_loaded(timeout)
 
-    def count_resets(self) -> int:
-        """How often the machine was reset: a kernel that comes up after that was not booted by a kexec."""
-        self.qmp_do("query-status")     # what it said before is read, too
-        return self.resets
-
     def reboot_loaded(self, timeout: float = None):
-        """kexec into what is loaded. That no kernel came up is an error, and that the machine was reset."""
-        self.mark, resets = len(self.console.lines), self.count_resets()
+        self.mark = len(self.console.lines)
         self.start_command("systemctl kexec" if self.init == "systemd" else "sync; kexec -e")
         self.next_boot("the kexec", timeout)
-        if self.count_resets() != resets:
-            raise LabError(f"there was no kexec: the machine was reset, and booted again\n"
-                           f"--- the logs are in {self.dir} ---")
         if self.pressure:
             self.run(PRESSURE[self.init])
         return self
