@@ -113,7 +113,7 @@ static int undo(struct khod *k, const char *reason, struct kho_error **err)
 }
 
 /* @w will not be ready, for @reason. The caller goes on with handover_step(). */
-static void not_ready(struct khod *k, struct workload *w, int r, const char *reason)
+static void not_ready(struct khod *k, struct workload *w, const char *reason)
 {
 	struct handover *h = &k->handover;
 	char text[KHO_NAME_MAX + 2 + KHO_REASON_MAX + 1];
@@ -130,7 +130,7 @@ static void not_ready(struct khod *k, struct workload *w, int r, const char *rea
 		return;
 	}
 	(void)undo(k, text, &err);
-	finish(k, r, name, reason);
+	finish(k, -ECANCELED, name, reason);
 }
 
 /*
@@ -149,7 +149,7 @@ static int on_deadline(sd_event_source *s, uint64_t usec, void *userdata)
 	}
 	for (struct workload *w = k->workloads; k->handover.asking && w; w = w->next)
 		if (w->prepare == PREPARE_ASKED && w->deadline <= now)
-			not_ready(k, w, -ECANCELED, "its client did not answer in time");
+			not_ready(k, w, "its client did not answer in time");
 	handover_step(k);
 	return 0;
 }
@@ -195,7 +195,7 @@ static void ask(struct khod *k, struct workload *w, uint32_t limit_msec)
 	r = server_prepare(w->client, w, k->handover.number, msec);
 	FAULT(HANDOVER_ASKED);
 	if (r < 0)
-		not_ready(k, w, -ECANCELED, "its client cannot be reached");
+		not_ready(k, w, "its client cannot be reached");
 }
 
 int handover_begin(struct khod *k, uint32_t limit_msec, bool force, handover_done_t done,
@@ -267,7 +267,7 @@ int handover_ready(struct khod *k, struct workload *w, uint64_t number, struct k
 		r = workload_commit(k, w, err);
 	if (r < 0) {
 		text = kho_error_format(*err, r);
-		not_ready(k, w, r, text ? text : strerror(-r));
+		not_ready(k, w, text ? text : strerror(-r));
 		return r;
 	}
 	FAULT(HANDOVER_PRESERVED);
@@ -284,7 +284,7 @@ int handover_veto(struct khod *k, struct workload *w, uint64_t number, const cha
 	if (r < 0)
 		return r;
 	snprintf(text, sizeof(text), "vetoed: %s", reason);
-	not_ready(k, w, -ECANCELED, text);
+	not_ready(k, w, text);
 	return 0;
 }
 
@@ -296,7 +296,7 @@ void handover_client_gone(struct khod *k, struct workload *w)
 
 	w->client = NULL;
 	if (w->prepare == PREPARE_ASKED)
-		not_ready(k, w, -ECANCELED, "its client died before it was ready");
+		not_ready(k, w, "its client died before it was ready");
 	w->prepare = PREPARE_NONE;
 	if (w->state != WORKLOAD_LEASED) {
 		w->lease = false;

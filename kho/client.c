@@ -721,14 +721,9 @@ int kho_client_claim(struct kho_client *client, const char *name, const void *se
 	return 0;
 }
 
-int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
-			 struct kho_error **err)
-{
-	return kho_client_claim_lease(client, claim, NULL, err);
-}
-
-int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
-			   const struct kho_policy *policy, struct kho_error **err)
+/* @policy: NULL ends custody */
+static int acknowledge(struct kho_client *client, struct kho_claim *claim,
+		       const struct kho_policy *policy, struct kho_error **err)
 {
 	Kho__Control__Request q = KHO__CONTROL__REQUEST__INIT;
 	Kho__Control__ClaimAck body = KHO__CONTROL__CLAIM_ACK__INIT;
@@ -745,6 +740,20 @@ int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
 	/* A khod that does not know of leases by claim would say that it is done. */
 	return ask(client, &q, policy ? KHO__CONTROL__REPLY__BODY_REGISTERED : KHO__CONTROL__REPLY__BODY_DONE,
 		   err);
+}
+
+int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
+			 struct kho_error **err)
+{
+	return acknowledge(client, claim, NULL, err);
+}
+
+int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
+			   const struct kho_policy *policy, struct kho_error **err)
+{
+	if (!policy)
+		return kho_error_new(err, -EINVAL, claim->name, "a lease needs a policy");
+	return acknowledge(client, claim, policy, err);
 }
 
 int kho_client_release(struct kho_client *client, const char *name, const void *secret,

@@ -23,7 +23,9 @@ extern "C" {
  *
  * Calls block until khod has answered or its deadline has passed (-ETIMEDOUT).
  * A refusal by khod has khod's errno, and an error that names the object and the
- * reason. After an error of the transport the connection is dead (-ENOTCONN).
+ * reason. One that breaks the protocol (a secret of a wrong size, a policy that khod does
+ * not know) ends the connection, as every error of the transport does, and being idle for
+ * longer than khod(8) allows: it is dead then (-ENOTCONN).
  */
 struct kho_client;
 
@@ -263,7 +265,8 @@ struct kho_claim;
  *
  * Nothing changes until kho_client_claim_ack(): a client that dies before it can
  * claim again.
- * Return: 0, -ENOENT, -EPERM, -EBUSY (being claimed by another client), -errno.
+ * Return: 0, -ENOENT, -EPERM, -EBUSY (being claimed, or leased, by another client),
+ * -EOPNOTSUPP (it cannot be read before the next kexec), -EIO (it has failed), -errno.
  */
 int kho_client_claim(struct kho_client *client, const char *name, const void *secret,
 		     size_t secret_size, struct kho_claim **ret, struct kho_error **err);
@@ -282,12 +285,12 @@ int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
  * kho_client_claim_lease() - lease what was claimed, instead of ending khod's custody
  * @client: the connection that claimed, which has to be kept
  * @claim: the claim, its descriptors stay the caller's
- * @policy: borrowed; always a lease
+ * @policy: borrowed; taken for a lease whatever its keep says
  * @err: error
  *
  * No handover can come between, as it could between kho_client_claim_ack() and
  * kho_client_register_policy(). Mappings and attachments can be changed from then on.
- * Return: 0. -EPERM (claimed as another user's), -EBUSY (a handover is being prepared), -errno: it
+ * Return: 0. -EINVAL (no policy), -EPERM (claimed as another user's), -EBUSY (a handover is being prepared), -errno: it
  * is held as before, and can be claimed again. -ECONNRESET: unknown.
  */
 int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
@@ -304,7 +307,8 @@ const char *kho_claim_unit(const struct kho_claim *claim);
 /**
  * kho_claim_outcome() - how its devices came out of the last handover
  *
- * With KHO_OUTCOME_QUIESCED there are only the memfds.
+ * With KHO_OUTCOME_QUIESCED there are only memfds, those that were not lost; with
+ * KHO_RESTORE_FAILURE_RELEASE nothing.
  */
 enum kho_outcome kho_claim_outcome(const struct kho_claim *claim);
 /** kho_claim_reason() - why the outcome is not better, "" if there is no reason; owned by the claim */
