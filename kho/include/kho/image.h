@@ -46,7 +46,8 @@ enum kho_file_kind {
  * enum kho_outcome - how a workload's devices came out of the last handover
  * @KHO_OUTCOME_NONE: there was none, or no devices
  * @KHO_OUTCOME_RESTORED: under new page tables, DMA never stopped
- * @KHO_OUTCOME_QUIESCED: stopped; the memory is all that is left
+ * @KHO_OUTCOME_QUIESCED: stopped; the memory is all that is left, and not with
+ *	KHO_RESTORE_FAILURE_RELEASE
  */
 enum kho_outcome {
 	KHO_OUTCOME_NONE = 0,
@@ -120,7 +121,7 @@ struct kho_image_file {
  * @unit: systemd unit of its owner; NULL or "": none
  * @err: error
  *
- * Return: 0, -EINVAL, -ENOMEM.
+ * Return: 0, -EINVAL, -EFBIG (too long), -ENOMEM.
  */
 int kho_image_new(struct kho_image **ret, const char *name, uint32_t uid, const char *unit,
 		  struct kho_error **err);
@@ -211,7 +212,7 @@ void kho_image_set_may_lose_irq(struct kho_image *image, bool may);
  * one, or came into another kernel than this.
  */
 uint64_t kho_image_arrived_usec(const struct kho_image *image, const char *boot_id);
-/** kho_image_set_arrived() - it came over a kexec into this kernel. Return: 0, -EINVAL. */
+/** kho_image_set_arrived() - it came over a kexec into this kernel. Return: 0, -EINVAL, -EFBIG. */
 int kho_image_set_arrived(struct kho_image *image, const char *boot_id, uint64_t usec,
 			  struct kho_error **err);
 void kho_image_set_handovers(struct kho_image *image, uint32_t handovers);
@@ -223,7 +224,7 @@ void kho_image_set_registered_usec(struct kho_image *image, uint64_t usec);
  * @kernel_release: of the running kernel
  * @usec: CLOCK_REALTIME
  *
- * Return: 0, -EINVAL, -ENOMEM.
+ * Return: 0, -EINVAL, -EFBIG.
  */
 int kho_image_set_origin(struct kho_image *image, const char *boot_id,
 			 const char *kernel_release, uint64_t usec, struct kho_error **err);
@@ -262,7 +263,8 @@ int kho_image_encode(const struct kho_image *image, void **buf, size_t *size,
  *
  * Return: 0; -EBADMSG (magic, checksum, truncated, malformed), -EFBIG (over a
  * cap), -EOPNOTSUPP (a newer format, or a feature that must be understood),
- * -EINVAL (a value that no writer writes), -ENOMEM.
+ * -EINVAL (a value that no writer writes), -EEXIST (two files of one name or token),
+ * -ENOMEM.
  */
 int kho_image_decode(const void *buf, size_t size, struct kho_image **ret,
 		     struct kho_error **err);

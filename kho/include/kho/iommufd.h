@@ -108,7 +108,7 @@ int kho_iommufd_hwpt_alloc(struct kho *kho, int iommufd, uint32_t dev_id, uint32
  * @iommufd: the context, borrowed; may be preserved
  * @dev_id: the device
  * @translation: receives it; its mode is unknown if there is no IOMMU, or if it is of a
- *	kind that this library does not know
+ *	kind that this library does not know; hitless is kho_iommufd_hitless()'s to tell
  * @err: error
  *
  * Return: 0; -ENOENT (attached to nothing, or blocked), -ENOTTY (a kernel that does not

@@ -17,7 +17,8 @@ extern "C" {
  * @memfds: what may be mapped in it, borrowed; the index of one is the backing of its areas;
  *	-1 for one that is not at hand and that no area maps
  * @n_memfds: how many
- * @context: receives it; empty on error; its token and those of its devices are the caller's
+ * @context: zeroed, or with an earlier result, which is freed; receives it; empty on error;
+ *	its token and those of its devices are the caller's
  * @err: error, names the object
  *
  * By the kernel's inspection alone. A context that changes meanwhile is read again, a few

@@ -86,12 +86,12 @@ int kho_vfio_region(struct kho *kho, int dev, uint32_t index, uint64_t *offset, 
  * @dev: the device, borrowed, bound, not preserved
  * @may_lose_irq: interrupts that it cannot keep pending may get lost; else a device that uses
  *	INTx, or MSI other than MSI-X, is not preserved
- * @deadline_msec: how long the next kernel leaves it running when nobody retrieves it; 0: the
- *	kernel's default
+ * @deadline_msec: how long the next kernel leaves it running when nobody retrieves it, a day
+ *	(86400000) at most; 0: the kernel's default
  * @err: error
  *
- * Replaces what was set before. Return: 0, -EBUSY (it is preserved), -ENOTTY (not with this
- * kernel or driver), -errno.
+ * Replaces what was set before. Return: 0, -EINVAL (deadline), -EBUSY (it is
+ * preserved), -ENOTTY (not with this kernel or driver), -errno.
  */
 int kho_vfio_set_liveupdate(struct kho *kho, int dev, bool may_lose_irq, uint32_t deadline_msec,
 			    struct kho_error **err);
