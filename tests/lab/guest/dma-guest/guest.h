@@ -19,6 +19,7 @@
  *   dma.kexecs=N how many to do in a row
  *   dma.irq=1    use interrupts: one MSI-X vector of a NIC, one a queue of an nvme
  *   dma.badirq=1 the first time that a new owner sets them up it fails
+ *   dma.fewirq=1 the first time it sets up one vector only, and turns MSI-X off again
  *   dma.cpus=MASK which CPUs the first kernel directs them to
  *   dma.unclaimed=1 the kernels between the first and the last take everything back as an
  *                agent does: no interrupts are set up, the BAR is not mapped
@@ -241,6 +242,7 @@ bool can_read_config(void);
 int write_by_eventfd(int reg, uint32_t val);
 void set_irqs(int fd, uint32_t index, unsigned int nr);
 void fail_to_set_irqs(void);
+void set_few_irqs(void);
 uint64_t irq_count(unsigned int vector);
 
 /* frozen.c */

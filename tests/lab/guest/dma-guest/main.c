@@ -227,6 +227,8 @@ static void take_back(int stage, bool irq, bool fill, bool claim)
 			drain();
 		if (atoi(param("dma.badirq", "0")))
 			fail_to_set_irqs();
+		if (atoi(param("dma.fewirq", "0")))
+			set_few_irqs();
 		set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, driver->vectors);
 		check_pending();
 	}

@@ -322,6 +322,22 @@ void fail_to_set_irqs(void)
 		close(efd[i]);
 }
 
+/* One vector, and then none: to have more of them MSI-X has to be turned off. */
+void set_few_irqs(void)
+{
+	struct vfio_irq_set none = {
+		.argsz = sizeof(none),
+		.flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER,
+		.index = VFIO_PCI_MSIX_IRQ_INDEX,
+	};
+	int efd;
+
+	make_eventfds(&efd, 1);
+	must(try_set_irqs(dev, VFIO_PCI_MSIX_IRQ_INDEX, &efd, 1), "SET_IRQS of one");
+	check(ioctl(dev, VFIO_DEVICE_SET_IRQS, &none), "SET_IRQS of none");
+	close(efd);
+}
+
 /* An eventfd for each of @nr vectors; of the device under test they are irqfd[]. */
 void set_irqs(int fd, uint32_t index, unsigned int nr)
 {
