@@ -290,8 +290,8 @@ int kho_client_claim_ack(struct kho_client *client, struct kho_claim *claim,
  *
  * No handover can come between, as it could between kho_client_claim_ack() and
  * kho_client_register_policy(). Mappings and attachments can be changed from then on.
- * Return: 0. -EINVAL (no policy), -EPERM (claimed as another user's), -EBUSY (a handover is being prepared), -errno: it
- * is held as before, and can be claimed again. -ECONNRESET: unknown.
+ * Return: 0. -EINVAL (no policy), -EPERM (claimed as another user's), -EBUSY (a handover is
+ * being prepared), -errno: it is held as before, and can be claimed again. -ECONNRESET: unknown.
  */
 int kho_client_claim_lease(struct kho_client *client, struct kho_claim *claim,
 			   const struct kho_policy *policy, struct kho_error **err);
