@@ -24,7 +24,7 @@ ALONE = ("mkdir -p /etc/systemd/system/lab-nic.service.d; printf '[Service]\\nEx
 
 @dataclass
 class Counts:
-    """One kexec under traffic; times in seconds of the host's monotonic clock."""
+    """One kexec under traffic; times in seconds of the host's wall clock, as the trace has."""
     old: str            # kernel versions
     new: str
     sent: int
@@ -101,15 +101,13 @@ def over_kexec(vm, new_kernel, *, rate=500, alone=False, before=3.0, after=3.0,
 
 
 def dma_times(vm) -> list:
-    """When packets were written into memory, by the host's monotonic clock."""
-    offset = time.time() - time.monotonic()     # the trace has the wall clock
-    return [when - offset for when, _, length in trace.dma_writes(vm.dir / "trace.log") if length > 0]
+    """When packets were written into memory, by the host's wall clock."""
+    return [when for when, _, length in trace.dma_writes(vm.dir / "trace.log") if length > 0]
 
 
 def masters_off(vm) -> list:
-    """When something turned the device's bus mastering off, by the host's monotonic clock."""
-    offset = time.time() - time.monotonic()
-    return [when - offset for when, dev, _, where, value in trace.config_writes(vm.dir / "trace.log")
+    """When something turned the device's bus mastering off, by the host's wall clock."""
+    return [when for when, dev, _, where, value in trace.config_writes(vm.dir / "trace.log")
             if dev == DEVICE and where == 4 and not value & 4]
 
 
@@ -120,7 +118,7 @@ def spans(vm, start) -> tuple:
         i = vm.console.find(pattern, start)
         if i is None:
             raise LabError(f"the console never said '{pattern}'")
-        return vm.console.lines[i].when
+        return vm.console.lines[i].wall
     return ((at(r"Rebooting with kexec"), at(r"Run /\S+ as init process")),
             (at(timeline.STOPPED), at(r"lab: workload runs")))
 

@@ -51,8 +51,13 @@ class Result:
 
 
 class Line(str):
-    """A line of a log with the host's time (seconds, monotonic clock)."""
+    """A line of a log with the host's time, in seconds.
+
+    Of the monotonic clock for how long something takes, and of the wall clock, which may be set
+    at any time, for what is held against QEMU's trace: that has no other.
+    """
     when: float = 0.0
+    wall: float = 0.0
 
 
 class Log:
@@ -72,13 +77,13 @@ class Log:
                     data = self.sock.recv(65536)
                 except OSError:
                     data = b""
-                now = time.monotonic()
+                now, wall = time.monotonic(), time.time()
                 if not data:
                     break
                 *full, rest = (rest + data).split(b"\n")
                 for raw in full:
                     line = Line(raw.decode(errors="replace").rstrip("\r"))
-                    line.when = now
+                    line.when, line.wall = now, wall
                     f.write(f"{now:.6f} {line}\n".encode())
                     with self.cond:
                         self.lines.append(line)

@@ -22,7 +22,7 @@ from .common import LabError
 
 ETHERTYPE = 0x88B5
 HEADER = struct.Struct(">6s6sHQQ")
-RECORD = struct.Struct("<QQ")       # sequence number, time in ns
+RECORD = struct.Struct("<QQ")       # sequence number, time in ns (wall clock, as QEMU's trace has)
 SOURCE = bytes.fromhex("020000000001")
 SIZE = 128
 
@@ -58,7 +58,7 @@ def send(fd: int, rate: float, log: str, limit: int) -> None:
                     break
             now = time.monotonic_ns()
             # Written down before it is sent: a packet is never seen that was not recorded.
-            f.write(RECORD.pack(number, now))
+            f.write(RECORD.pack(number, time.time_ns()))
             try:
                 while not put(fd, frame(number, now)):
                     if stop:
@@ -83,7 +83,7 @@ class Sender:
             pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def stop(self) -> list:
-        """End it; the packets sent as a list of (number, time in ns)."""
+        """End it; the packets sent as a list of (number, time in ns, wall clock)."""
         if self.proc.poll() is None:
             self.proc.terminate()
         err = self.proc.communicate(timeout=10)[1].decode(errors="replace")

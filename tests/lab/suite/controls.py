@@ -25,7 +25,7 @@ def going_on(ctx, mode, options="", **kw):
     Nobody gives it descriptors any more: they have to last until then.
     """
     run = Run(ctx, mode=mode, options=options, judge=False, rate=400, **kw)
-    at = run.lines("QUIESCED")[0].when + run.offset
+    at = run.lines("QUIESCED")[0].wall
     expect(run.dma(at - 3, at), "the device does not write any more")
     return run
 
@@ -88,7 +88,7 @@ def control_reset(ctx, options="", **kw):
         run = Run(ctx, mode="otherdriver", options=f"{options} {parameter}", kernel=ctx.kernel("faults"),
                   judge=False, **kw)
         expect(run.lines("driver e1000e$"), f"the driver was not bound; see {run.vm.dir}")
-        at = run.lines("QUIESCED")[0].when + run.offset
+        at = run.lines("QUIESCED")[0].wall
         return run.dma(at, float("inf")), filled(run)
     kept, gone = written(""), written("pci_liveupdate.test_no_reset=1")
     ctx.figure("written", "%d packets, %d bytes changed with; %d, %d without the protection" % (*kept, *gone))

@@ -91,8 +91,6 @@ class Run:
     def __init__(self, ctx, *, device="e1000e", mode="run", kexecs=1, rate=1000, options="",
                  timeout=240, kernel=None, nexts=(), machine="noiommu", memory="512M", cpus=1,
                  trace=(), judge=True, second="e1000e", shared=(), arguments=(), icount=False):
-        # The host's wall clock less its monotonic one: QEMU's trace has the former.
-        self.offset = time.time() - time.monotonic()
         self.device, self.senders, self.sent, self.sibling_sent = device, [], [], []
         native = mode.startswith(("unplug", "error"))
         if native:
@@ -181,7 +179,7 @@ class Run:
     def blackouts(self):
         """(from, to) of each: from reboot(2) until userspace says it is there, wall clock."""
         begins, ends = self.lines("KEXEC"), self.lines("STAGE")[1:]
-        return [(a.when + self.offset, b.when + self.offset) for a, b in zip(begins, ends)]
+        return [(a.wall, b.wall) for a, b in zip(begins, ends)]
 
     @functools.cached_property
     def writes(self):
@@ -205,7 +203,7 @@ class Run:
 
     def started(self):
         """When the guest began to use the device, which firmware may have used before."""
-        return self.lines("MEMORY ")[-1].when + self.offset
+        return self.lines("MEMORY ")[-1].wall
 
     def dma(self, begin, end):
         """How many packets the device wrote to memory in that time, or reads it completed."""
@@ -283,7 +281,7 @@ class Run:
         """NVMe: every read that was posted completed with the right data, and many meanwhile."""
         got = self.result()
         done, spans = self.undisturbed(kexecs)
-        ready, end = (self.lines(w)[0].when + self.offset for w in ("READY", "RESULT"))
+        ready, end = (self.lines(w)[0].wall for w in ("READY", "RESULT"))
         resets = [e.name for e in self.trace({"pci_nvme_mmio_stopped", "pci_nvme_pci_reset"})
                   if ready < e.when < end]
         expect(not (got["failed"] or got["bad"] or got["lost"]), f"damage: {got}")
@@ -525,7 +523,7 @@ def one_of_two_sessions_is_given_up(ctx, **kw):
 def quiesced(ctx, mode, **kw):
     """After the guest says so, the device writes nothing any more, into no memory."""
     run = Run(ctx, mode=mode, **kw)
-    at = run.lines("QUIESCED")[0].when + run.offset
+    at = run.lines("QUIESCED")[0].wall
     before, after = run.dma(0, at), run.dma(at + 0.1, at + 2.5)
     expect(before, "no DMA at all")
     expect(not after, f"{after} packets written after the device was quiesced")

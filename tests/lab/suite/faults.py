@@ -153,7 +153,7 @@ def boot_with(ctx, step, machine):
     expect(steps, f"the guest came to no end; see {run.vm.dir}")
     run.no_strays()
     if run.lines("QUIESCED"):
-        at = run.lines("QUIESCED")[0].when + run.offset
+        at = run.lines("QUIESCED")[0].wall
         expect(not run.dma(at + 0.1, at + 2.5), "packets were written after the device was quiesced")
         expect(run.lines("ok filled memory"), "free memory was not looked at")
         return steps, "quiesced"

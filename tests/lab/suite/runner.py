@@ -271,6 +271,28 @@ def a_bench_whose_guest_hangs_in_a_late_pair(ctx):
             expect(r.returncode == 2 and "--minutes" in r.stderr and "Traceback" not in r.stderr, r.stderr)
 
 
+CLOCK_SET = """
+import socket, time
+guest, host = socket.socketpair()
+log = qemu.Log(Path("log"), host)
+real = time.time
+guest.send(b"before\\n")
+log.wait("before", 0, time.monotonic() + 10, lambda: True)
+time.time = lambda: real() + 3600
+guest.send(b"after\\n")
+log.wait("after", 0, time.monotonic() + 10, lambda: True)
+before, after = log.lines
+print(0 <= after.when - before.when < 20, 3600 <= after.wall - before.wall < 3620)
+"""
+
+
+@test(kernels=(), image=False)
+def a_wall_clock_that_is_set_during_a_run(ctx):
+    """What the guest said stays where it belongs in QEMU's trace, which has that clock only."""
+    with Scratch() as s:
+        expect(passes(s, CLOCK_SET) == "True True\n", "a line's wall clock is not that of when it came")
+
+
 TRACE = """1@1000.500000:e1000e_rx_desc_buff_write buffer #0, addr: 0x1000, offset: 0, from: 0x7f, length: 128
 1@1000.750000:e1000e_rx_desc_buff_write buffer #0, addr: 0x2000, offset: 0, from: 0x7f, length: 128
 1@1001.000000:pci_cfg_write e1000e 01:00.0 @0x4 <- 0x6

@@ -39,10 +39,10 @@ class Replaces:
         self.count, self.each, self.median = (
             float(re.search(rf"\b{k}=([\d.]+)", said[0]).group(1))
             for k in ("n", "replace_us", "median_us"))
-        # By the host's clock
-        begin, end = run.lines("REPLACING")[0].when, said[0].when
-        self.meanwhile = run.dma(begin + run.offset, end + run.offset)
-        self.seconds = end - begin
+        # By the host's clocks
+        begin, end = run.lines("REPLACING")[0], said[0]
+        self.meanwhile = run.dma(begin.wall, end.wall)
+        self.seconds = end.when - begin.when
         self.sent, self.lost = len(run.sent), len(run.sent) - got["received"]
         self.damaged = got["bad"] + got["doubled"] + got["incomplete"]
         self.faults = faults(run)
@@ -231,8 +231,7 @@ class Plain(Run):
 
     def seen(self):
         """How the device, its port, and the IOMMU were treated from each kexec until packets come in."""
-        spans = [(a.when + self.offset, b.when + self.offset)
-                 for a, b in zip(self.lines("KEXEC"), self.lines("READY")[1:])]
+        spans = [(a.wall, b.wall) for a, b in zip(self.lines("KEXEC"), self.lines("READY")[1:])]
         def within(when):
             return any(a < when < b for a, b in spans)
         return {
@@ -294,7 +293,7 @@ def stopped_instead(ctx, machine, options=""):
     got, end = run.result(), run.blackouts()[0][1]
     looked = run.lines("ok filled memory")
     expect(looked, "free memory was not looked at")
-    lost, late = len(run.sent) - got["received"], run.dma(end, looked[0].when + run.offset)
+    lost, late = len(run.sent) - got["received"], run.dma(end, looked[0].wall)
     expect(lost > 100, f"only {lost} of {len(run.sent)} packets were lost: the tests cannot fail")
     expect(not late, f"{late} packets were written after the device was stopped")
     expect(run.vm.console.find("nobody can take the device over") is not None,
@@ -393,7 +392,7 @@ def a_group_is_stopped_if_opening_a_bound_device_fails(ctx):
 def a_device_of_a_group_goes_on_after_the_deadline_of_another(ctx):
     """Nobody comes for either. The first that is stopped does not take the page table away."""
     run = quiesced(ctx, "functionsdeadline", machine=MODES["legacy"], second="+e1000e", timeout=300)
-    one, both = (run.lines(x)[0].when + run.offset for x in ("ONE", "QUIESCED"))
+    one, both = (run.lines(x)[0].wall for x in ("ONE", "QUIESCED"))
     landed = run.dma(one + 0.1, both)
     expect(landed > 1000, f"{landed} packets of the first function after the second was stopped")
     run.none_refused()
@@ -465,7 +464,7 @@ def crash(ctx, mode, kexecs):
     for said in ("the dump is an ELF file", "the memory of the device is in it", "the dump was read",
                  "filled memory"):
         expect(run.lines(f"ok {said}"), f"not said: {said}; see {run.vm.dir}")
-    begin, up, end = (run.lines(f"{w}$")[0].when + run.offset for w in ("CRASH", "CRASHED", "STOP"))
+    begin, up, end = (run.lines(f"{w}$")[0].wall for w in ("CRASH", "CRASHED", "STOP"))
     before, since = run.dma(begin, up), run.dma(up, end)
     ctx.figure("dump", f"{run.lines('the dump was read')[0].split(': ')[-1]}, {before} packets written "
                        f"while the crash kernel started and {since} since")

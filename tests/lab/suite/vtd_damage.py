@@ -30,7 +30,7 @@ STEPS = {
 
 def always_on(run):
     """Until the device is stopped; and in one mode, which the specification wants while it is on."""
-    end = run.lines("QUIESCED")[0].when + run.offset
+    end = run.lines("QUIESCED")[0].wall
     switched = [e.text for e in run.trace({ENABLE}) if e.when < end]
     expect(len(switched) == 1, f"translation was switched {len(switched)} times: {switched}")
     modes = [e.text.split()[-1] for e in run.trace({ROOT}) if e.when < end]
@@ -54,7 +54,7 @@ def not_set_up(ctx, step, mode):
     lost, refused = len(run.sent) - run.result()["received"], faults(run)
     expect(min(lost, refused) > 100, f"{lost} packets lost, {refused} DMA requests refused")
     always_on(run)
-    at = run.lines("QUIESCED")[0].when + run.offset
+    at = run.lines("QUIESCED")[0].wall
     expect(not run.dma(at + 0.1, at + 2.5), "packets were written after the device was quiesced")
     going = "on" if run.lines("BLOCKED master=1") else "off"
     ctx.figure("refused", f"{refused} DMA requests, {lost} packets lost, bus mastering {going} meanwhile")
