@@ -78,7 +78,7 @@ int kho_luo_image_refuses(struct kho *kho, bool devices, const char **why)
 	} words[] = {
 		{ "no-devices", "it knows nothing of devices that keep running", .devices = true },
 		{ "no-data", "it was not loaded by kexec_file_load(2): use khoctl kexec --kernel, or kexec -s" },
-		{ "kho-off", "its command line says kho=off, or lacks kho=on" },
+		{ "kho-off", "its command line says kho=off or elfcorehdr=, or lacks kho=on" },
 		{ "liveupdate-off", "its command line lacks liveupdate=on" },
 	};
 	char text[32];

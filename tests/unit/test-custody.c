@@ -178,7 +178,7 @@ static size_t idle_fds(struct sim *s)
 	return sim_khod_fds(s);
 }
 
-TestSuite(custody, .init = setup, .fini = teardown, .timeout = 300);
+TestSuite(custody, .init = setup, .fini = teardown, .timeout = 900);
 
 Test(custody, register_claim_same_kernel)
 {

@@ -19,7 +19,7 @@ struct client {
 	uint32_t ioas[2], hwpt, dev_id[N_DEV];
 };
 
-TestSuite(devices, .init = setup, .fini = teardown, .timeout = 300);
+TestSuite(devices, .init = setup, .fini = teardown, .timeout = 900);
 
 /* One IOAS with an HWPT of the client's own, one with an automatic one; two memfds. */
 static void client_new(struct client *c)
@@ -1205,10 +1205,10 @@ static void expires(enum kho_restore_failure then)
 {
 	bool release = then == KHO_RESTORE_FAILURE_RELEASE;
 
-	registered_for(1, then);
+	registered_for(3, then);
 	must_start(sim);
 	cr_assert(seconds_left() == 0);
-	usleep(1300000);
+	usleep(3300000);
 	cr_assert(must_rest("not handed over") == KHO_OUTCOME_NONE);
 	must_stop(sim);
 	for (int i = 0; i < 2; i++) {
@@ -1216,23 +1216,23 @@ static void expires(enum kho_restore_failure then)
 		must_start(sim);
 		if (i == 0) {
 			cr_assert(must_rest("in time") == KHO_OUTCOME_RESTORED);
-			cr_assert(seconds_left() == 1);
-			cr_assert(strstr(shown(""), "within 1 s of a handover"), "%s", shown(""));
-			cr_assert(strstr(khoctl("list", ""), "to be claimed within 1 s"), "%s",
+			cr_assert(seconds_left() >= 1 && seconds_left() <= 3);
+			cr_assert(strstr(shown(""), "within 3 s of a handover"), "%s", shown(""));
+			cr_assert(strstr(khoctl("list", ""), "to be claimed within 3 s"), "%s",
 				  khoctl("list", ""));
-			cr_assert(strstr(khoctl("status", ""), "vm  to be claimed within 1 s"), "%s",
+			cr_assert(strstr(khoctl("status", ""), "vm  to be claimed within 3 s"), "%s",
 				  khoctl("status", ""));
 		}
-		must_expire(2000, then);
+		must_expire(4000, then);
 		if (i == 0)
 			must_stop(sim);
 	}
-	cr_assert(strstr(sim_log(sim), "Nobody has claimed workload vm within 1 s of the handover: its devices have been stopped, its memory is "),
+	cr_assert(strstr(sim_log(sim), "Nobody has claimed workload vm within 3 s of the handover: its devices have been stopped, its memory is "),
 		  "%s", sim_log(sim));
 	cr_assert(!!strstr(sim_log(sim), "its memory is freed") == release);
-	cr_assert(strstr(shown(""), "quiesced by the last handover: nobody has claimed it within 1 s"), "%s",
+	cr_assert(strstr(shown(""), "quiesced by the last handover: nobody has claimed it within 3 s"), "%s",
 		  shown(""));
-	cr_assert(strstr(khoctl("list", ""), "quiesced: nobody has claimed it within 1 s"), "%s",
+	cr_assert(strstr(khoctl("list", ""), "quiesced: nobody has claimed it within 3 s"), "%s",
 		  khoctl("list", ""));
 	cr_assert(strstr(khoctl("status", ""), "by the last handover: nobody has claimed it within"), "%s",
 		  khoctl("status", ""));
@@ -1309,7 +1309,10 @@ Test(devices, a_claim_in_hand_is_waited_for)
 		must_start(sim);
 		c = dial(kho, sim);
 		must(kho_client_claim(c, "vm", NULL, 0, &claim, &err), err, "claim");
-		usleep(1500000);
+		for (int i = 0; i < 400 && !strstr(sim_log(sim), "Nobody has claimed workload other"); i++)
+			usleep(50000);
+		/* Both had the same time. */
+		usleep(500000);
 		devices_are(true, "paging");
 		cr_assert(kho_claim_outcome(claim) == KHO_OUTCOME_RESTORED &&
 			  kho_claim_n_files(claim) == 5);

@@ -330,7 +330,7 @@ Test(handover, a_veto_refuses_by_name_and_is_rolled_back)
 
 Test(handover, who_stalls_is_not_waited_for)
 {
-	struct kho_policy brief = { .keep = KHO_KEEP_LEASE, .prepare_msec = 300 };
+	struct kho_policy brief = { .keep = KHO_KEEP_LEASE, .prepare_msec = 2000 };
 	struct client a, b;
 	struct kho_event ev;
 	struct operator o = {};
@@ -342,7 +342,7 @@ Test(handover, who_stalls_is_not_waited_for)
 	cr_assert(o.r == -ECANCELED && strstr(o.text, "vm-b: its client did not answer in time"), "%s",
 		  o.text);
 	must_event(&b, KHO_EVENT_PREPARE, &ev);
-	cr_assert(ev.msec == 300);
+	cr_assert(ev.msec == 2000);
 	/* Too late. */
 	cr_assert(kho_client_ready(b.k, &ev, NULL) == -ESTALE);
 	must_event(&b, KHO_EVENT_ABORTED, &ev);
@@ -391,7 +391,7 @@ static void *keep_busy(void *stop)
 /* Clients that always have something to say: the time of others runs out all the same. */
 Test(handover, who_keeps_khod_busy_puts_no_deadline_off)
 {
-	struct kho_policy brief = { .keep = KHO_KEEP_LEASE, .prepare_msec = 300 };
+	struct kho_policy brief = { .keep = KHO_KEEP_LEASE, .prepare_msec = 2000 };
 	struct timespec begin, end;
 	struct client a, b;
 	struct kho_event ev;

@@ -440,7 +440,7 @@ def dma_of_an_igb_goes_on_after_an_abort(ctx):
 @everywhere
 @test()
 def dma_goes_on_after_a_freeze_that_fails(ctx, **kw):
-    """A next kernel without live update, without KHO, with ZONE_MOVABLE, that knows nothing of devices.
+    """A next kernel without live update or KHO, a crash kernel, with ZONE_MOVABLE, that knows nothing of devices.
 
     INTx in a second session: the first one's device was frozen, and was in use all the time.
     """
@@ -547,7 +547,10 @@ def quiesced_at_the_last_close(ctx, **kw):
 @everywhere
 @test()
 def quiesced_at_the_deadline(ctx, **kw):
-    quiesced(ctx, "deadline", **kw)
+    """And not before."""
+    run = quiesced(ctx, "deadline", **kw)
+    up = run.blackouts()[0][1]
+    expect(run.dma(up, up + 2), "it was stopped before its deadline")
 
 
 @everywhere

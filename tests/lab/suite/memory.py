@@ -66,7 +66,7 @@ def memory_of_two_shapes_comes_back(ctx):
 @test()
 def memory_in_large_folios_goes_back_to_its_zone(ctx):
     """Initialized late, each struct page says where its page belongs; guests of less have no such zone."""
-    come_back(ctx, "minimal", (Shape(1024, huge=True),), memory="4G")
+    come_back(ctx, "minimal", (Shape(1024, huge=True),), memory="4G", timeout=900)
 
 
 @test(part="memory")
@@ -193,6 +193,15 @@ def memory_that_the_next_kernel_reserves_is_refused(ctx):
 
 
 @test(part="memory")
+def memory_in_which_there_is_to_be_an_initrd_is_refused(ctx):
+    """By the next kernel's command line, which is read when an initrd has been reserved."""
+    got = hand_over(ctx.kernel(), Shape(300), memory="1G",
+                    options="khobench.expect=refused khobench.next=initrdmem=512M,16M")
+    expect(got.says("failed to reserve .* (-16|-EBUSY)"), "the kernel says no reason")
+    expect(got.says("disabling KHO revival"), "the handover was not refused")
+
+
+@test(part="memory")
 def a_folio_with_a_hole_in_its_memory_is_refused(ctx):
     """Of which the first and the last page are there."""
     refused(ctx, "hole", "memmap=4K$513M")
@@ -211,6 +220,18 @@ def memory_comes_back_if_scratch_is_not_extended(ctx):
         got = hand_over(ctx.kernel(), Shape(128, "second"), memory="6G",
                         options=f"khobench.fill=1 liveupdate_test_fail={step}:1")
         expect(got.says("Failed to extend scratch: (-12|-ENOMEM)"), f"{step} did not fail")
+
+
+@test(part="memory")
+def memory_comes_back_if_the_next_kernel_is_told_to_test_memory(ctx):
+    """What memblock takes for free is filled, or zeroed, long before it knows of what is preserved."""
+    got = hand_over(ctx.kernel(), Shape(128, "second"), memory="1G", options="memtest=1")
+    tested = [x for x in got.lines if "early_memtest: # of tests: 1" in x]
+    expect(len(tested) == 1, f"the first kernel has no memtest, or the next one has done it: {tested}")
+    expect(got.says("memtest= ignored"), "the next kernel does not say that it was not done")
+    got = hand_over(ctx.kernel(), Shape(128, "second"), memory="1G",
+                    options="memory_corruption_check_size=900M khobench.next=memory_corruption_check=1")
+    expect(got.says("no check for low memory corruption"), "the next kernel does not say that it was not done")
 
 
 def loaded_counts(vm, line, scratch):

@@ -262,6 +262,8 @@ static void freezefail_first(void)
 	failing_reboot("reboot, next kernel without liveupdate", ENOEXEC);
 	load_kernel(2, 0, "kho=off");
 	failing_reboot("reboot, next kernel without kho", ENOEXEC);
+	load_kernel(2, 0, "elfcorehdr=0x1000");
+	failing_reboot("reboot, next kernel as a crash kernel", ENOEXEC);
 	load_kernel(2, 0, "movablecore=64M");
 	failing_reboot("reboot, next kernel with ZONE_MOVABLE", ENOEXEC);
 	load_unaware_kernel();
