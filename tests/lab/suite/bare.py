@@ -80,6 +80,7 @@ def every_machine_comes_up(ctx):
     comes_up(ctx, "vtd-ats", ["virtio-net"], "DMAR: IOMMU enabled")
     comes_up(ctx, "vtd-intremap", ["e1000e"], "DMAR-IR: Enabled IRQ remapping")
     comes_up(ctx, "vtd-off", ["igb"], "DMAR: IOMMU disabled")
+    comes_up(ctx, "uefi", ["e1000e"], "efi: EFI v")
     came = set(ctx.figures) | {"amd-vi"}        # in the-older-qemu
     expect(came == set(PROFILES), f"not tried: {set(PROFILES) - came}")
 
