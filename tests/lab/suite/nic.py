@@ -76,7 +76,9 @@ def own_timeline(vm, c):
 
 
 # What `khoctl show` says of the page tables
-TABLES = {"noiommu": "no IOMMU, AMD v1 tables, pages of 4 KiB to ",
+WITHOUT = "no IOMMU, AMD v1 tables, pages of 4 KiB to "
+TABLES = {"noiommu": WITHOUT,
+          "uefi": WITHOUT,
           "vtd-legacy": "second-stage tables, pages of 4 KiB, 2 MiB and 1 GiB",
           "vtd-scalable": "second-stage tables, pages of 4 KiB, 2 MiB and 1 GiB",
           "vtd-first-stage": "first-stage tables, pages of 4 KiB, 2 MiB and 1 GiB"}
@@ -100,7 +102,7 @@ def judge_translation(ctx, vm, machine):
     text = vm.run("khoctl show nic").out
     expect(TABLES[machine] in text, f"khoctl show does not say '{TABLES[machine]}': {text}")
     t = shown(vm)["contexts"][0]["devices"][0]["translation"]
-    if machine == "noiommu":
+    if TABLES[machine] == WITHOUT:
         expect(t is None and "domain id" not in text, f"there is no IOMMU: {t}, {text}")
         return
     used = domain_ids(vm)
@@ -139,6 +141,11 @@ def packets_land_through_systemctl_kexec(ctx):
 def packets_land_through_systemctl_kexec_second_stage(ctx):
     """The same behind VT-d: translated all the time, and moved to new tables by khod."""
     through_systemctl_kexec(ctx, "vtd-scalable")
+
+
+@test(part="nic", kernels=A_AND_B)
+def packets_land_through_systemctl_kexec_uefi(ctx):
+    through_systemctl_kexec(ctx, "uefi")
 
 
 @test(part="nic", kernels=A_AND_B)
