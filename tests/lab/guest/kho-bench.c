@@ -367,6 +367,21 @@ static void report_need(void)
 	    strtoull(size, NULL, 10) >> 10, strtoull(need, NULL, 10) >> 10);
 }
 
+/* Where the kernel is: with KASLR at another address each time. */
+static void report_place(void)
+{
+	char buf[8192], *p;
+
+	if (slurp("/proc/iomem", buf, sizeof(buf)) < 0)
+		die("/proc/iomem");
+	p = strstr(buf, " : Kernel code");
+	if (!p)
+		die("no kernel in /proc/iomem");
+	while (p > buf && p[-1] != '\n')
+		p--;
+	say("kernel_at=0x%llx", strtoull(p, NULL, 16));
+}
+
 /* -- contents ----------------------------------------------------------- */
 
 static inline uint64_t mix(uint64_t x)
@@ -955,6 +970,7 @@ int main(void)
 	    meminfo_kib("CmaTotal:"));
 	read_scratch();
 	report_need();
+	report_place();
 
 	if (stage == 1) {
 		int huge = atoi(param("huge", "0"));

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A modular kernel's modules, and an initrd that loads them (guest/initrd.c)."""
 
+import contextlib
 import tarfile
+import tempfile
 
 from .common import LabError
 from .rootfs import guest_programs
@@ -50,3 +52,12 @@ def initrd(modules, target):
                        + b"".join(newc(m, m.name, 0o100644) for m in files)
                        + newc(b"", "TRAILER!!!", 0))
     return target
+
+
+@contextlib.contextmanager
+def empty_initrd():
+    """The path of an initrd with nothing in it, which firmware and stub treat like any other."""
+    with tempfile.NamedTemporaryFile(prefix="initrd-") as f:
+        f.write(newc(b"", "TRAILER!!!", 0))
+        f.flush()
+        yield f.name

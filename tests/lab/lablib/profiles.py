@@ -33,9 +33,9 @@ PROFILES = {
     # Devices are in no-IOMMU mode.
     "vtd-off": (["-device", "intel-iommu,intremap=off"],
                 "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "", "VT-d that is there and not used"),
-    # The others have SeaBIOS, which is up in no time.
+    # The others have SeaBIOS, which is up in no time, and nokaslr, for which each run is as the last one.
     "uefi": (["-bios", "/usr/share/ovmf/OVMF.fd"], "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "",
-             "no IOMMU, and UEFI for firmware"),
+             "no IOMMU; UEFI for firmware, and KASLR"),
     # QEMU 10.0's does not translate for an e1000e; 7.3 needs both words on q35.
     "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2", "AMD's IOMMU"),
 }

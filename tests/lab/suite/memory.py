@@ -12,6 +12,7 @@ from lablib import kernel
 from lablib.check import expect, tap, test
 from lablib.common import run
 from lablib.images import full_image
+from lablib.initrd import empty_initrd
 from lablib.memory import Shape, hand_over, numa
 from lablib.profiles import DEBUG_GUEST
 from lablib.qemu import VM
@@ -102,6 +103,18 @@ def memory_comes_back_twice_in_a_row(ctx):
     """The second kernel hands over what it retrieved itself."""
     got = hand_over(ctx.kernel(), Shape(128, "second"), options="khobench.rounds=2")
     expect(got.says("stage=3"), "there was no second handover")
+
+
+@test(part="memory")
+def memory_comes_back_ten_times_with_uefi_and_kaslr(ctx):
+    """Each kernel is at another place, in scratch; without an initrd, of which the first one's stub left a table."""
+    with empty_initrd() as initrd:
+        got = hand_over(ctx.kernel(), Shape(400), memory="1G", machine="uefi", timeout=900,
+                        options="khobench.rounds=10", arguments=("-initrd", initrd))
+    expect(got.says("stage=11"), "there were no ten handovers")
+    places = {m.group(1) for x in got.lines if (m := re.search(r"kernel_at=(\w+)", x))}
+    expect(len(places) > 3, f"the kernels were at {places}")
+    ctx.figure("places", len(places))
 
 
 @test(part="memory", kernels=(("debug", False, ""), ("minimal", False, "")))
