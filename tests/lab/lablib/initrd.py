@@ -44,13 +44,16 @@ def newc(path, name, mode):
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
+TRAILER = newc(b"", "TRAILER!!!", 0)
+
+
 def initrd(modules, target):
     """An initrd in the file @target that loads all of the folder @modules."""
     files = in_order(modules)
     listed = "".join(f"/{m.name}\n" for m in files).encode()
     target.write_bytes(newc(guest_programs() / "initrd", "init", 0o100755) + newc(listed, "modules", 0o100644)
                        + b"".join(newc(m, m.name, 0o100644) for m in files)
-                       + newc(b"", "TRAILER!!!", 0))
+                       + TRAILER)
     return target
 
 
@@ -58,6 +61,6 @@ def initrd(modules, target):
 def empty_initrd():
     """The path of an initrd with nothing in it, which firmware and stub treat like any other."""
     with tempfile.NamedTemporaryFile(prefix="initrd-") as f:
-        f.write(newc(b"", "TRAILER!!!", 0))
+        f.write(TRAILER)
         f.flush()
         yield f.name

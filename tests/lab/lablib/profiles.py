@@ -15,29 +15,29 @@ UNSAFE = "iommufd.allow_unsafe_interrupts=1"
 
 # name -> (QEMU's arguments, for the kernel's command line, QEMU's series, what it is)
 PROFILES = {
-    "noiommu": ([], "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "", "no IOMMU"),
-    "vtd-legacy": (["-device", "intel-iommu,intremap=off"], f"intel_iommu=on,sm_off {UNSAFE}", "",
+    "noiommu": ([], "nokaslr vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "", "no IOMMU"),
+    "vtd-legacy": (["-device", "intel-iommu,intremap=off"], f"nokaslr intel_iommu=on,sm_off {UNSAFE}", "",
                    "VT-d in legacy mode"),
     "vtd-caching": (["-device", "intel-iommu,intremap=off,caching-mode=on"],
-                    f"intel_iommu=on,sm_off {UNSAFE}", "", "that with caching mode"),
+                    f"nokaslr intel_iommu=on,sm_off {UNSAFE}", "", "that with caching mode"),
     "vtd-scalable": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on"],
-                     f"intel_iommu=on,sm_on {UNSAFE}", "", "VT-d in scalable mode, second-stage tables"),
+                     f"nokaslr intel_iommu=on,sm_on {UNSAFE}", "", "VT-d in scalable mode, second-stage tables"),
     "vtd-first-stage": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on"],
-                        f"intel_iommu=on,sm_on {UNSAFE}", "", "that with first-stage tables"),
+                        f"nokaslr intel_iommu=on,sm_on {UNSAFE}", "", "that with first-stage tables"),
     "vtd-snoop": (["-device", "intel-iommu,intremap=off,x-scalable-mode=on,x-flts=on,snoop-control=on"],
-                  f"intel_iommu=on,sm_on {UNSAFE}", "", "that with snoop control"),
+                  f"nokaslr intel_iommu=on,sm_on {UNSAFE}", "", "that with snoop control"),
     "vtd-ats": (["-device", "intel-iommu,intremap=off,device-iotlb=on"],
-                f"intel_iommu=on,sm_off {UNSAFE}", "", "legacy mode, for devices with ATS"),
+                f"nokaslr intel_iommu=on,sm_off {UNSAFE}", "", "legacy mode, for devices with ATS"),
     "vtd-intremap": (["-machine", "kernel-irqchip=split", "-device", "intel-iommu,intremap=on"],
-                     "intel_iommu=on,sm_off", "", "legacy mode with interrupt remapping"),
+                     "nokaslr intel_iommu=on,sm_off", "", "legacy mode with interrupt remapping"),
     # Devices are in no-IOMMU mode.
     "vtd-off": (["-device", "intel-iommu,intremap=off"],
-                "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "", "VT-d that is there and not used"),
+                "nokaslr vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "", "VT-d that is there and not used"),
     # The others have SeaBIOS, which is up in no time, and nokaslr, for which each run is as the last one.
     "uefi": (["-bios", "/usr/share/ovmf/OVMF.fd"], "vfio.enable_unsafe_noiommu_mode=1 intel_iommu=off", "",
              "no IOMMU; UEFI for firmware, and KASLR"),
     # QEMU 10.0's does not translate for an e1000e; 7.3 needs both words on q35.
-    "amd-vi": (["-device", "amd-iommu,intremap=off"], f"intremap=off noapic {UNSAFE}", "7.2", "AMD's IOMMU"),
+    "amd-vi": (["-device", "amd-iommu,intremap=off"], f"nokaslr intremap=off noapic {UNSAFE}", "7.2", "AMD's IOMMU"),
 }
 
 # What a guest with the debug kernel needs. KASAN's shadow is an eighth of memory and counts into the

@@ -219,8 +219,6 @@ class VM:
             # identify_cpu() forgets for a moment that there are five levels; an interrupt then
             # reads addresses that KASAN takes for wild ones.
             parts.append("no5lvl")
-        if self.machine != "uefi":
-            parts.append("nokaslr")
         if self.kho_scratch:
             parts.append(f"kho_scratch={self.kho_scratch}")
         if not re.search(r"\bliveupdate=", self.append):
