@@ -247,6 +247,14 @@ def memory_comes_back_if_the_next_kernel_is_told_to_test_memory(ctx):
     expect(got.says("no check for low memory corruption"), "the next kernel does not say that it was not done")
 
 
+@test(part="memory")
+def memory_comes_back_if_the_next_kernel_looks_for_room_itself(ctx):
+    """For hugetlb_cma=, of which no free range is large enough as long as preserved memory is not to be used."""
+    got = hand_over(ctx.kernel(), Shape(512, "second"), memory="8G",
+                    options="khobench.next=hugetlb_cma=5G")
+    expect(got.says("hugetlb_cma: reserve"), "the next kernel looks for no room")
+
+
 def loaded_counts(vm, line, scratch):
     """Of what is loaded preflight says the same, and khoctl after loading; what is too large even for that is not."""
     r = vm.run("kexec -s -l /lab/next --reuse-cmdline", check=False)
