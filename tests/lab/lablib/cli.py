@@ -4,6 +4,9 @@
 import argparse
 import contextlib
 import errno
+import itertools
+import math
+import re
 import shlex
 import signal
 import subprocess
@@ -13,13 +16,21 @@ from pathlib import Path
 
 from . import bench, check, demo, kernel, rootfs, trace
 from .common import LabError, cache_dir, more_space, say
-from .profiles import DEBUG_GUEST, DEVICES, PROFILES, SLOW
+from .emulator import need_series
 from .images import full_image
+from .profiles import DEBUG_GUEST, DEVICES, PROFILES, SLOW, device_args, profile
 from .qemu import VM, kill_all
 from .sender import Sender
 
 
+MINIMAL = "minimal"
+
+
 def verb_kernel(a):
+    if a.action != "build" and (a.config != MINIMAL or a.as_is or a.unpatched or a.release):
+        raise LabError(f"'lab kernel {a.action}' takes no options: they are for 'lab kernel build'")
+    if a.as_is and a.unpatched:
+        raise LabError("--as-is builds the tree as it stands, --unpatched the source without the series: give one")
     if a.action == "build":
         print(kernel.build(a.config, as_is=a.as_is, unpatched=a.unpatched, release=a.release))
         return
@@ -45,6 +56,14 @@ def traced(a) -> list:
         raise LabError(f"--send needs a NIC whose DMA is counted, {' or '.join(trace.BUFFER_WRITES)}, as the first "
                        f"one of --device, not {nic or 'none'}")
     return [*a.trace, trace.BUFFER_WRITES[nic], "pci_cfg_write"]
+
+
+def need_names(a):
+    """Refuse what there is no such thing of, before anything is fetched or built."""
+    need_series(a.qemu or profile(a.machine)[2])
+    device_args(a.device, itertools.repeat("netdev"), itertools.repeat("disk"))
+    for config in filter(None, (a.kernel, vars(a).get("next"))):
+        kernel.fragments(config)
 
 
 @contextlib.contextmanager
@@ -94,6 +113,7 @@ def verb_trace(a):
 
 
 def verb_run(a):
+    need_names(a)
     with guest(a) as vm:
         say(f"{vm.release()} is up; logs: {vm.dir}")
         if a.command:
@@ -115,6 +135,7 @@ def verb_run(a):
 
 def verb_loop(a):
     """N kexecs in a row; the first failure ends it, with the logs of that run kept."""
+    need_names(a)
     other = kernel.build(a.next, as_is=a.as_is) if a.next else None
     with guest(a) as vm:
         for i in range(1, a.count + 1):
@@ -128,14 +149,16 @@ def verb_loop(a):
 
 
 def verb_check(a):
-    return list_tests() if a.list else check.check(a.names, a.jobs, a.with_unit_tests)
+    return list_tests(a.names) if a.list else check.check(a.names, a.jobs, a.with_unit_tests)
 
 
 def verb_check_long(a):
-    return list_tests() if a.list else check.check_long(a.parts, a.fresh)
+    return list_tests(a.parts) if a.list else check.check_long(a.parts, a.fresh)
 
 
-def list_tests():
+def list_tests(words):
+    if words:
+        raise LabError(f"--list lists all tests and takes no names: {' '.join(words)}")
     for t in check.load():
         print(f"{t.part or 'check':10} {t.name}")
     return 0
@@ -154,17 +177,25 @@ def verb_cache(_a):
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return number
+    return int(text)
 
 
-def minutes(text: str) -> float:
-    number = float(text)
-    if not number > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes, more than 0")
-    return number
+def duration(unit):
+    """A parser of numbers of @unit."""
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if 0 < float(text) < math.inf:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a number of {unit}, more than 0")
+    return parse
+
+
+def memory(text: str) -> str:
+    if not re.fullmatch("[1-9][0-9]*[MG]", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a size like 512M or 4G")
+    return text
 
 
 def parser():
@@ -182,10 +213,10 @@ discard  drop commits and changes that were not exported
 headers  copy the uAPI headers that libkho needs from the tree to kho/uapi/""",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     k.add_argument("action", choices=("tree", "build", "export", "discard", "headers"))
-    k.add_argument("--config", default="minimal", help=", ".join(kernel.configs()) + " (default: minimal)")
+    k.add_argument("--config", default=MINIMAL, help=", ".join(kernel.configs()) + " (default: minimal)")
     k.add_argument("--unpatched", action="store_true", help="Debian's source without the series")
     k.add_argument("--as-is", action="store_true", help="the tree as it stands, not exported commits too")
-    k.add_argument("--release", default="", help="appended to the kernel's version, e.g. -b")
+    k.add_argument("--release", default="", help="appended to the kernel's version, e.g. --release=-b")
     k.set_defaults(run=verb_kernel)
 
     r = verbs.add_parser("rootfs", help="build the guest's root file system", description="""
@@ -211,7 +242,7 @@ back. The lab says where the logs are.""")
         if name == "loop":
             g.add_argument("count", type=positive, metavar="N")
             g.add_argument("--next", help="alternate with this kernel configuration")
-        g.add_argument("--kernel", default="minimal", metavar="CONFIG",
+        g.add_argument("--kernel", default=MINIMAL, metavar="CONFIG",
                        help=", ".join(kernel.configs()) + " (default: minimal)")
         g.add_argument("--as-is", action="store_true",
                        help="a kernel from the tree as it stands, not exported commits too")
@@ -224,8 +255,8 @@ back. The lab says where the logs are.""")
                        "another function of the device before it, and so with the other NICs")
         g.add_argument("--init", default="systemd" if name == "run" else "bare",
                        choices=("systemd", "bare"), help="PID 1 (default: %(default)s)")
-        g.add_argument("--memory", help="with a unit, as QEMU takes it (default: 1G; 3G with the debug "
-                       "kernel)")
+        g.add_argument("--memory", type=memory, metavar="SIZE", help="such as 512M or 4G (default: 1G; 3G with the "
+                       "debug kernel)")
         g.add_argument("--cpus", type=positive, default=1, help="default: 1")
         g.add_argument("--append", default="", help="more for the kernel's command line")
         g.add_argument("--trace", action="append", default=[], metavar="EVENT",
@@ -237,8 +268,9 @@ back. The lab says where the logs are.""")
                        "--append lab.nic` starts the lab's own")
         g.add_argument("--pressure", action="store_true",
                        help="each new kernel poisons freed memory, uses up all that is free, compacts")
-        g.add_argument("--timeout", type=float, default=600, help="of a command, in seconds (default 600)")
-        g.add_argument("command", nargs="*", metavar="COMMAND",
+        g.add_argument("--timeout", type=duration("seconds"), default=600,
+                       help="of a command, in seconds (default 600)")
+        g.add_argument("command", nargs="*", default=(), metavar="COMMAND",
                        help="after --; one word is a line for the guest's shell")
         g.set_defaults(run=fn)
 
@@ -276,7 +308,8 @@ trace: how many packets were written to memory, and how many while no kernel dro
     b = verbs.add_parser("bench", help="figures, each with its baseline from the same run",
                          description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     b.add_argument("names", nargs="*", metavar="FIGURE", help="default: all, which takes many hours")
-    b.add_argument("--minutes", type=minutes, default=0, help="begin no pair, or round, of a figure after so long")
+    b.add_argument("--minutes", type=duration("minutes"), default=0,
+                   help="begin no pair, or round, of a figure after so long")
     b.add_argument("--pairs", type=positive, default=30, help="at most so many pairs or rounds (default 30); "
                    "some figures take fewer")
     b.set_defaults(run=verb_bench)
@@ -296,7 +329,7 @@ def arguments(words):
     if words[at + 1:]:
         if "command" not in a:
             p.error(f"the verb {a.verb} takes no COMMAND: {' '.join(words[at:])}")
-        a.command += words[at + 1:]
+        a.command = [*a.command, *words[at + 1:]]
     return a
 
 

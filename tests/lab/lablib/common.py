@@ -52,7 +52,10 @@ def more_space(setting="KHO_CACHE") -> str:
 
 def need_space(path: Path, gib: float, what: str, setting="KHO_CACHE") -> None:
     """Refuse before a long step, instead of failing in the middle of it; @setting is what names @path."""
-    gib = float(os.environ.get("KHO_LAB_NEED_GIB", gib))
+    if own := os.environ.get("KHO_LAB_NEED_GIB"):
+        if not own.replace(".", "", 1).isdecimal():
+            raise LabError(f"KHO_LAB_NEED_GIB is {own}, which is no number of GiB")
+        gib = float(own)
     free = shutil.disk_usage(path).free / 2**30
     if free < gib:
         raise LabError(f"no space: {what} needs {gib:g} GiB in {path}, {free:.1f} GiB are free; "

@@ -28,14 +28,18 @@ class Emulator:
     env: dict = field(default_factory=dict)
 
 
+def need_series(version: str) -> None:
+    if version not in ("", OLD):
+        raise LabError(f"no QEMU {version}; there are {OLD} (Debian 12's own, fetched when it is "
+                       "needed) and the installed one (without --qemu)")
+
+
 def emulator(version: str = "") -> Emulator:
     """The QEMU of series @version; "" is the installed one."""
+    need_series(version)
     forced = os.environ.get("KHO_QEMU")
     if forced or not version:
         return Emulator(need_program(forced or PROGRAM))
-    if version != OLD:
-        raise LabError(f"no QEMU {version}; there are {OLD} (Debian 12's own, fetched when it is "
-                       "needed) and the installed one (without --qemu)")
     root = old_qemu()
     # It finds its firmware by its own place.
     return Emulator(str(root / "usr/bin" / PROGRAM), {"LD_LIBRARY_PATH": str(root / LIBRARIES)})

@@ -39,6 +39,11 @@ def tree() -> Path:
     return Path(os.environ.get("KHO_LINUX") or cache_dir() / "linux")
 
 
+def need_tree() -> None:
+    if not (tree() / ".git").exists():
+        raise LabError(f"there is no kernel tree {tree()} yet; 'lab kernel tree' makes it")
+
+
 def tree_lock_file() -> Path:
     return tree().with_name(tree().name + ".lock")
 
@@ -247,6 +252,7 @@ def write_applied(rows) -> None:
 
 def export() -> None:
     """Write the commits base..series to kernel-patches/, numbered, with the cover letter."""
+    need_tree()
     other = elsewhere()
     if other or "series" not in refs():
         raise LabError(f"the kernel tree {tree()} {other or 'has no series yet'}; nothing was exported")
@@ -299,6 +305,7 @@ def cover_letter(old: str, count: int) -> str:
 
 def discard() -> None:
     """Drop what was not exported and go back to kernel-patches/."""
+    need_tree()
     for command in ("rebase", "am"):
         subprocess.run(["git", command, "--quit"], cwd=tree(), check=False, capture_output=True)
     git("checkout", "-q", "-f", "-B", "series", "base")
@@ -378,8 +385,8 @@ def build(config: str = "minimal", *, as_is=False, unpatched=False, release="") 
     how = [compiler(), *make_flags(config, release), BUILD_ENV, *frags]
     store = cache_dir() / "kernels"
     out = store / f"{config}-{digest(source_version(), patches_of(names), *how)}"
-    if as_is and not (tree() / ".git").exists():
-        raise LabError(f"there is no kernel tree {tree()} yet; 'lab kernel tree' makes it")
+    if as_is:
+        need_tree()
     if out.exists() and not as_is:
         os.utime(out)
         if not unpatched:

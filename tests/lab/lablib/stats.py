@@ -62,4 +62,5 @@ def verdict(interval, goal) -> str:
         return ""
     met = interval.value <= goal
     sure = interval.high <= goal if met else interval.low > goal
-    return f"; goal at most {goal:g}: {'met' if met else 'missed'}{'' if sure else ', though not by all of the interval'}"
+    return (f"; goal at most {goal:g}: {'met' if met else 'missed'}"
+            f"{'' if sure else ', though not by all of the interval'}")

@@ -452,11 +452,30 @@ def a_configuration_that_lacks_something(ctx):
 
 @test(kernels=(), image=False)
 def unknown_names(ctx):
+    """Before anything is fetched or built, for which there would be no space."""
     with Scratch() as s:
-        s.refused(s.lab("kernel", "build", "--config", "huge"), "no kernel configuration named huge")
-        s.refused(s.lab("check", "no-such-test"), "no test named no-such-test")
-        s.refused(s.lab("check-long", "no-such-part"), "no part named no-such-part")
-        s.refused(s.lab("bench", "no-such-figure"), "no figure named no-such-figure")
+        for words, error in (("kernel build --config huge", "no kernel configuration named huge"),
+                             ("check no-such-test", "no test named no-such-test"),
+                             ("check --list dma", "takes no names"),
+                             ("check-long no-such-part", "no part named no-such-part"),
+                             ("bench no-such-figure", "no figure named no-such-figure"),
+                             ("run --machine bogus", "no profile named bogus; there are noiommu"),
+                             ("run --device bogus", "no device named bogus; there are e1000e"),
+                             ("run --qemu 9", "no QEMU 9; there are 7.2"),
+                             ("loop 3 --kernel huge", "no kernel configuration named huge"),
+                             ("loop 3 --next huge", "no kernel configuration named huge"),
+                             ("kernel export", "there is no kernel tree"),
+                             ("kernel discard", "there is no kernel tree"),
+                             ("kernel build --as-is --unpatched", "give one"),
+                             ("kernel tree --release=-b", "takes no options")):
+            s.refused(s.lab(*words.split(), KHO_LAB_NEED_GIB="1000000"), error)
+        s.refused(s.lab("kernel", "build", KHO_LAB_NEED_GIB="much"), "KHO_LAB_NEED_GIB is much")
+        for option, value, error in (("--memory", "lots", "lots is not a size like 512M or 4G"),
+                                     ("--timeout", "-3", "-3 is not a number of seconds"),
+                                     ("--timeout", "inf", "inf is not a number of seconds"),
+                                     ("--cpus", "x", "x is not a number from 1 on")):
+            r = s.lab("run", option, value, KHO_LAB_NEED_GIB="1000000")
+            expect(r.returncode == 2 and r.stderr.count("error: ") == 1 and error in r.stderr, f"{option}: {r.stderr}")
 
 
 @test(kernels=(), image=False)

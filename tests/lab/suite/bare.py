@@ -52,33 +52,44 @@ def control_memory_pressure_that_fails_is_noticed(ctx):
             expect(vm.boots == 2 and "memory-pressure" in text, f"{init}: {vm.boots} boots, {text or 'no error'}")
 
 
-def comes_up(ctx, machine, devices, *words):
-    """The machine boots with these devices below root ports, and the kernel says @words."""
+def comes_up(ctx, machine, devices, *words, can=None):
+    """The machine boots with these devices below root ports, the kernel says @words, VT-d's unit can do @can."""
     with ctx.vm(init="bare", machine=machine, devices=devices, name=machine) as vm:
         vm.ready()
         pci = vm.run("lspci -n").out
         for kind in devices:
             expect(PCI_IDS[kind] in pci, f"{machine}: no {kind} ({PCI_IDS[kind]}) in: {pci}")
+        ports = vm.run("lspci -n | grep -c '^00:1.*1b36:000c'", check=False).out.strip()
+        expect(int(ports) == len([d for d in devices if d != "edu"]), f"{machine}: {ports} root ports for {devices}")
         for w in words:
             expect(vm.console.find(w) is not None, f"{machine}: the kernel does not say '{w}'")
+        if can is not None:
+            cap, ecap = (int(x, 16) for x in vm.run("cd /sys/class/iommu/dmar0/intel-iommu; cat cap ecap").out.split())
+            got = {name for name, (of, bit) in UNIT.items() if {"cap": cap, "ecap": ecap}[of] >> bit & 1}
+            expect(got == set(can), f"{machine}: VT-d's unit can do {got}")
     ctx.figure(machine, "up")
 
 
 PCI_IDS = {"e1000e": "8086:10d3", "igb": "8086:10c9", "nvme": "1b36:0010", "edu": "1234:11e8",
            "virtio-net": "1af4:1041"}
 
+# Bits of VT-d's capability registers (specification, 11.4.2 and 11.4.3) in which the profiles differ.
+UNIT = {"caching": ("cap", 7), "device-tlb": ("ecap", 2), "snoop": ("ecap", 7), "scalable": ("ecap", 43),
+        "second-stage": ("ecap", 46), "first-stage": ("ecap", 47)}
+ON, SCALABLE, LEGACY = "DMAR: IOMMU enabled", "Enable scalable mode", "Scalable mode is disallowed"
+
 
 @test()
 def every_machine_comes_up(ctx):
     """Each profile, and each kind of device in at least one of them."""
     comes_up(ctx, "noiommu", ["e1000e", "igb", "nvme", "edu"])
-    comes_up(ctx, "vtd-legacy", ["e1000e"], "DMAR: IOMMU enabled")
-    comes_up(ctx, "vtd-caching", ["igb"], "DMAR: IOMMU enabled")
-    comes_up(ctx, "vtd-scalable", ["virtio-net"], "DMAR: IOMMU enabled")
-    comes_up(ctx, "vtd-first-stage", ["nvme"], "DMAR: IOMMU enabled")
-    comes_up(ctx, "vtd-snoop", ["e1000e"], "DMAR: IOMMU enabled", "Enable scalable mode")
-    comes_up(ctx, "vtd-ats", ["virtio-net"], "DMAR: IOMMU enabled")
-    comes_up(ctx, "vtd-intremap", ["e1000e"], "DMAR-IR: Enabled IRQ remapping")
+    comes_up(ctx, "vtd-legacy", ["e1000e"], ON, LEGACY, can=())
+    comes_up(ctx, "vtd-caching", ["igb"], ON, LEGACY, can=("caching",))
+    comes_up(ctx, "vtd-scalable", ["virtio-net"], ON, SCALABLE, can=("scalable", "second-stage"))
+    comes_up(ctx, "vtd-first-stage", ["nvme"], ON, SCALABLE, can=("scalable", "first-stage"))
+    comes_up(ctx, "vtd-snoop", ["e1000e"], ON, SCALABLE, can=("scalable", "first-stage", "snoop"))
+    comes_up(ctx, "vtd-ats", ["virtio-net"], ON, LEGACY, can=("device-tlb",))
+    comes_up(ctx, "vtd-intremap", ["e1000e"], ON, LEGACY, "DMAR-IR: Enabled IRQ remapping", can=())
     comes_up(ctx, "vtd-off", ["igb"], "DMAR: IOMMU disabled")
     comes_up(ctx, "uefi", ["e1000e"], "efi: EFI v")
     came = set(ctx.figures) | {"amd-vi"}        # in the-older-qemu
