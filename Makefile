@@ -25,9 +25,9 @@ check: setup
 check-long: setup
 	@$(LAB) check-long $(PART)
 
-# Figures, each with its baseline from the same run.
+# Figures, each with its baseline from the same run: `make bench FIGURE="memory idle"`.
 bench: setup
-	@$(LAB) bench
+	@$(LAB) bench $(FIGURE)
 
 clean:
 	rm -rf $(BUILD) build-check build-demo.svg
