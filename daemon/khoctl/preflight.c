@@ -86,7 +86,9 @@ static bool scratch(uint64_t *size, uint64_t *needed, uint64_t *loaded)
 	*loaded = 0;
 	if (!read_bytes("kho_scratch_size", size) || *size == 0 || !read_bytes("kho_scratch_needed", needed))
 		return false;
-	(void)read_bytes("kho_image_size", loaded);
+	/* -EBUSY while an image is being loaded, or a kexec begins. */
+	for (int i = 0; i < 50 && !read_bytes("kho_image_size", loaded) && errno == EBUSY; i++)
+		usleep(100000);
 	return true;
 }
 

@@ -255,6 +255,29 @@ def memory_comes_back_if_the_next_kernel_looks_for_room_itself(ctx):
     expect(got.says("hugetlb_cma: reserve"), "the next kernel looks for no room")
 
 
+def revived(got, name) -> int:
+    return sum(f"Revived memory reservation '{name}'" in x for x in got.lines)
+
+
+@test(part="memory")
+def reserved_memory_by_name_comes_back(ctx):
+    """Over two kexecs, though the second kernel is to reserve more, for which there is none outside of scratch."""
+    for memory, found in (("1G", 0), ("6G", 1)):
+        got = hand_over(ctx.kernel(), Shape(64, "second"), memory=memory,
+                        options="khobench.rounds=2 reserve_mem=2M:4096:kept khobench.next=reserve_mem=2M:4096:more")
+        expect(revived(got, "kept") == 2 and revived(got, "more") == found,
+               f"{memory}: revived {revived(got, 'kept')} and {revived(got, 'more')} times")
+
+
+@test(part="memory")
+def reserved_memory_of_a_refused_handover_is_forgotten(ctx):
+    """What was to be revived is free memory then."""
+    got = hand_over(ctx.kernel(), Shape(64, "second"), memory="1G",
+                    options="reserve_mem=2M:4096:kept liveupdate_test_fail=reserve-memory:1 khobench.expect=refused")
+    expect(revived(got, "kept") == 1 and got.says("disabling KHO revival"), "it was not to be revived, or not refused")
+    expect(got.says("memory reservation 'kept' is lost"), "whoever asks for it writes to memory of others")
+
+
 def loaded_counts(vm, line, scratch):
     """Of what is loaded preflight says the same, and khoctl after loading; what is too large even for that is not."""
     r = vm.run("kexec -s -l /lab/next --reuse-cmdline", check=False)
