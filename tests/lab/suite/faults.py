@@ -157,7 +157,7 @@ def boot_with(ctx, step, machine):
         expect(not run.dma(at + 0.1, at + 2.5), "packets were written after the device was quiesced")
         expect(run.lines("ok filled memory"), "free memory was not looked at")
         return steps, "quiesced"
-    run.no_packet_lost()
+    run.no_packet_lost(kexecs=1)
     return steps, "goes on"
 
 
