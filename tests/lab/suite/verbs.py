@@ -19,6 +19,7 @@ for i in $(seq 600); do grep -qs 'seen=[1-9]' /run/nic.status && break; sleep 0.
 kill $!; wait
 cat /run/nic.status
 echo and an error >&2
+echo a file > /lab/came-back
 exit 7
 """
 # In the second kernel it finds what it left on the disk in the first.
@@ -34,11 +35,13 @@ def lab(*words):
 
 @test()
 def lab_run_gives_back_what_a_command_gave(ctx):
-    """Status, output and errors; with --send, how many packets the NIC wrote to memory."""
+    """Status, output, errors and files; with --send, how many packets the NIC wrote to memory."""
     r = lab("run", "--init", "bare", "--device", "e1000e", "--send", "100", "--", NIC)
     seen = re.search(r"^seen=(\d+)$", r.stdout, re.M)
     expect(r.returncode == 7 and "and an error\n" in r.stderr and seen,
            f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
+    came_back = Path(re.search(r"logs: (\S+)", r.stderr)[1]) / "share" / "came-back"
+    expect(came_back.exists() and came_back.read_text() == "a file\n", f"there is no {came_back}")
     sent, landed = map(int, re.search(r"(\d+) packets sent, (\d+) written to memory", r.stderr).groups())
     expect(sent >= landed >= int(seen[1]) > 0, f"{sent} sent, {landed} written, {seen[1]} seen by the driver")
     ctx.figure("packets", f"{sent} sent, {landed} by DMA, {seen[1]} seen")
