@@ -303,7 +303,7 @@ def run_part(part, tests, commit) -> list:
     return got
 
 
-# All but what no test reads; man pages are built into the package.
+# All but what no test of a part reads; man pages are built into the package.
 TESTED = (".", ":!docs/results", ":!docs/*.md", ":!docs/*.svg", ":!README.md", ":!LICENSES")
 
 

@@ -6,8 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from lablib.check import expect, test
-from lablib.common import LAB
+from lablib.check import expect, load, test
+from lablib.common import LAB, PROJECT
 
 # It drives the NIC until it has seen a packet, and ends with a status of its own.
 NIC = """
@@ -84,3 +84,14 @@ def a_panic_in_a_command_is_told(ctx):
     r = lab("run", "--init", "bare", "--", "echo c > /proc/sysrq-trigger; sleep 60")
     expect(r.returncode == 1 and "the kernel panicked" in r.stderr and "sysrq triggered crash" in r.stderr,
            f"status {r.returncode}: {r.stdout}{r.stderr[-2000:]}")
+
+
+@test(kernels=(), image=False)
+def each_long_part_has_passed(ctx):
+    """By its page, which is what it gave when it last ran."""
+    for part in sorted({t.part for t in load() if t.part}):
+        page = PROJECT / "docs" / "results" / f"{part}.md"
+        expect(page.exists(), f"{part} never ran: there is no {page}")
+        text = page.read_text()
+        expect(re.search(r"^[1-9][0-9]* passed, 0 failed, \d+ skipped$", text, re.M) and "| FAILED |" not in text,
+               f"{part} did not pass: see {page}")
