@@ -57,10 +57,9 @@ def ratio(pairs) -> Ratio:
 
 
 def verdict(interval, goal) -> str:
-    """What to say after @interval: of its value, and whether the whole interval agrees; nothing without a goal."""
+    """What to say after @interval, by its worse end; nothing without a goal."""
     if not goal:
         return ""
-    met = interval.value <= goal
-    sure = interval.high <= goal if met else interval.low > goal
-    return (f"; goal at most {goal:g}: {'met' if met else 'missed'}"
-            f"{'' if sure else ', though not by all of the interval'}")
+    how = "met" if interval.high <= goal else "missed" if interval.low > goal else \
+        "open, met by the mean" if interval.value <= goal else "open, missed by the mean"
+    return f"; goal at most {goal:g}: {how}"
