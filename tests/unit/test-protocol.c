@@ -48,14 +48,13 @@ static void must_work(void)
 	kho_client_free(c);
 }
 
-/* The errno of one reply, which must be a refusal; @fatal: whether it is said to be the end. */
-static int refused_with(int sock, bool *fatal)
+/* One reply, which must be a refusal; free with kho_wire_reply_free(). */
+static Kho__Control__Reply *refusal(int sock)
 {
 	uint8_t buf[KHO_WIRE_PACKET_MAX];
 	Kho__Control__Reply *a;
 	int fds[KHO_WIRE_FDS_MAX];
 	size_t n_fds;
-	int errnum;
 	ssize_t n;
 
 	n = kho_wire_recv(kho, sock, buf, fds, &n_fds);
@@ -66,23 +65,20 @@ static int refused_with(int sock, bool *fatal)
 	a = kho_wire_reply_unpack(buf, n);
 	cr_assert(a && a->body_case == KHO__CONTROL__REPLY__BODY_ERROR);
 	cr_assert(strlen(a->error->reason) > 10 && strlen(a->error->object) > 0);
-	errnum = a->error->error;
-	*fatal = a->error->fatal;
-	kho_wire_reply_free(a);
-	return errnum;
+	return a;
 }
 
 /* A refusal; and then, if it is fatal, the end. */
 static void must_refuse(int sock, int errnum, bool fatal)
 {
+	Kho__Control__Reply *a = refusal(sock);
 	uint8_t buf[KHO_WIRE_PACKET_MAX];
-	int got, fds[KHO_WIRE_FDS_MAX];
-	bool said_fatal;
+	int fds[KHO_WIRE_FDS_MAX];
 	size_t n_fds;
 
-	got = refused_with(sock, &said_fatal);
-	cr_assert(got == errnum, "%s", strerror(got));
-	cr_assert(said_fatal == fatal);
+	cr_assert(a->error->error == errnum, "%d: %s", a->error->error, a->error->reason);
+	cr_assert(a->error->fatal == fatal);
+	kho_wire_reply_free(a);
 	if (fatal)
 		cr_assert(kho_wire_recv(kho, sock, buf, fds, &n_fds) <= 0);
 }
@@ -514,13 +510,16 @@ Test(protocol, connection_limit)
 	const int limit = getuid() ? 16 : 128;
 	int socks[200];
 	int refused = 0;
-	bool fatal;
 
 	for (int i = 0; i < 200; i++)
 		socks[i] = dial_raw();
 	/* Those beyond the limit are told so at once; the others, after 5 s, that they were silent. */
-	for (int i = 0; i < 200; i++)
-		refused += refused_with(socks[i], &fatal) == EDQUOT;
+	for (int i = 0; i < 200; i++) {
+		Kho__Control__Reply *a = refusal(socks[i]);
+
+		refused += a->error->error == EDQUOT;
+		kho_wire_reply_free(a);
+	}
 	for (int i = 0; i < 200; i++)
 		close(socks[i]);
 	cr_assert(refused == 200 - limit, "%d refused", refused);

@@ -60,6 +60,7 @@ def traced(a) -> list:
 
 def need_names(a):
     """Refuse what there is no such thing of, before anything is fetched or built."""
+    traced(a)
     need_series(a.qemu or profile(a.machine)[2])
     device_args(a.device, itertools.repeat("netdev"), itertools.repeat("disk"))
     for config in filter(None, (a.kernel, vars(a).get("next"))):

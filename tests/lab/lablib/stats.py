@@ -60,6 +60,10 @@ def verdict(interval, goal) -> str:
     """What to say after @interval, by its worse end; nothing without a goal."""
     if not goal:
         return ""
-    how = "met" if interval.high <= goal else "missed" if interval.low > goal else \
-        "open, met by the mean" if interval.value <= goal else "open, missed by the mean"
+    if interval.high <= goal:
+        how = "met"
+    elif interval.low > goal:
+        how = "missed"
+    else:
+        how = f"open, {'met' if interval.value <= goal else 'missed'} by the mean"
     return f"; goal at most {goal:g}: {how}"

@@ -120,8 +120,8 @@ def a_memfd_comes_through_systemctl_kexec(ctx):
         expect(int(systemd) >= 262, f"systemd {systemd} runs in the guest")
         khod.register("mem", 64 * MIB)
         vm.run("seq 100000 > /var/lib/lab/file; sync; khoctl register file /var/lib/lab/file")
+        expect(khod.in_transit() == 0, khod.stored())       # which only_sessions() would wait for
         khod.only_sessions()
-        expect(khod.in_transit() == 0, khod.stored())
         khod.keeps_no_device()
         security = vm.run("systemd-analyze security --no-pager khod.service | tail -n 2").out
         expect(re.search(r"exposure level.*: \d\.\d OK", security), f"sandbox: {security}")
