@@ -5,10 +5,11 @@ blackout     reboot(2) to the first instruction of userspace
 service gap  a workload stopped to the same workload running again, with its memory in hand:
              claimed from khod, or passed by systemd
 
-The first four figures are both of these by time. Baseline and measured alternate in one guest, which
-of them first in turn, so that both see the same machine; pairs are taken until the 95 % interval is
-within 1 % of the ratio, or 30 of them. The guest has two CPUs: on one, what systemd starts side by
-side comes one after the other.
+The first four figures are both of these by time. Baseline and measured alternate in one guest, so that
+both see the same machine. Every other kexec of a guest takes longer, whatever it carries, by up to a
+tenth: a pair is therefore taken in both orders, as four kexecs in a row, of each the mean of its two.
+Pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The guest has two
+CPUs: on one, what systemd starts side by side comes one after the other.
 
 idle          khod holding nothing, beside a plain systemctl kexec without khod
 memory        1 GiB in khod, beside the same in systemd's own fd store
@@ -146,12 +147,14 @@ def measure(name, limit, seconds) -> None:
         with VM(kernel.build("minimal"), full_image(), name=f"bench-{name}", memory="5G", cpus=2,
                 prealloc=True, append="lab.workload") as vm:
             vm.ready()
-            one(vm, plain)      # the first kexec of a guest is not like the later ones
-            for n in range(limit):
-                took = {}
-                for setup in in_turn(n, baseline, measured):
+            for setup in (plain, baseline, measured):   # the first kexecs of a guest are not like the later ones
+                drop_memory(vm)
+                one(vm, setup)
+            for _ in range(limit):
+                took = {baseline: [], measured: []}
+                for setup in (baseline, measured, measured, baseline):
                     drop_memory(vm)
-                    took[setup] = one(vm, setup)
+                    took[setup].append(one(vm, setup))
                 pairs.append((took[baseline], took[measured]))
                 say(f"pair {len(pairs)}: " + ", ".join(
                     f"{k} {v[-1][1]:.2f} s against {v[-1][0]:.2f} s" for k, v in lengths(pairs).items()))
@@ -164,9 +167,11 @@ def measure(name, limit, seconds) -> None:
 
 
 def lengths(pairs) -> dict:
-    """What is compared, in pairs of seconds."""
-    return {"blackout": [tuple(t.blackout for t in p) for p in pairs],
-            "service gap": [tuple(t.service_gap for t in p) for p in pairs]}
+    """What is compared, in pairs of seconds: of each of a pair the mean of its timelines."""
+    def means(what):
+        return [tuple(sum(what(t) for t in both) / len(both) for both in p) for p in pairs]
+
+    return {"blackout": means(lambda t: t.blackout), "service gap": means(lambda t: t.service_gap)}
 
 
 def summary(pairs, goal) -> None:
@@ -174,7 +179,8 @@ def summary(pairs, goal) -> None:
     for k, v in lengths(pairs).items():
         r, means = stats.ratio(v), [sum(x) / len(x) for x in zip(*v)]
         print(f"  {k:12} {means[1]:7.3f} s against {means[0]:7.3f} s: {r}{stats.verdict(r, goal)}")
-    for kind, rows in zip(("baseline", "measured"), zip(*pairs)):
+    for kind, both in zip(("baseline", "measured"), zip(*pairs)):
+        rows = [t for timelines in both for t in timelines]
         print(f"  phases, {kind}: " + ", ".join(f"{p} {s:.2f} s" for p, s in mean_phases(rows)), flush=True)
 
 
