@@ -6,10 +6,9 @@ service gap  a workload stopped to the same workload running again, with its mem
              claimed from khod, or passed by systemd
 
 The first four figures are both of these by time. Baseline and measured alternate in one guest, so that
-both see the same machine. Every other kexec of a guest takes longer, whatever it carries, by up to a
-tenth: a pair is therefore taken in both orders, as four kexecs in a row, of each the mean of its two.
-Pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The guest has two
-CPUs: on one, what systemd starts side by side comes one after the other.
+both see the same machine; a pair is taken in both orders, as four kexecs in a row, of each the mean of
+its two. Pairs are taken until the 95 % interval is within 1 % of the ratio, or 30 of them. The guest has
+two CPUs: on one, what systemd starts side by side comes one after the other.
 
 idle          khod holding nothing, beside a plain systemctl kexec without khod
 memory        1 GiB in khod, beside the same in systemd's own fd store
@@ -121,6 +120,7 @@ def one(vm, setup) -> timeline.Timeline:
     """One kexec with what @setup arranged."""
     setup(vm)
     vm.load()
+    vm.drop_translations()      # else a guest's kexecs are not alike
     start = vm.mark = len(vm.console.lines)
     vm.start_command("echo 'lab: kexec requested' > /dev/kmsg; systemctl --no-block kexec")
     # The agent is waited for afterwards: it takes part in no boot that is measured.

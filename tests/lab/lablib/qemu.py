@@ -364,6 +364,29 @@ class VM:
                 raise LabError(f"QEMU ended: {last_lines(self.dir / 'qemu.err', 5)}\n"
                                f"its command is in {self.dir}/command")
 
+    def drop_translations(self):
+        """Let QEMU throw away what it translated of the guest's code (with KVM there is nothing).
+
+        It keeps translations of code that a kexec has overwritten, until it has 1 GiB of them, and
+        each write to such a page costs time. It drops all if a CPU stops for a debugger.
+        """
+        if self.accel != "tcg":
+            return
+        monitor = "human-monitor-command"
+        self.qmp_do(monitor, **{"command-line": f"gdbserver unix:{self._sockdir}/gdb,server=on,wait=off"})
+        gdb = self.connect("gdb")
+        gdb.settimeout(60)
+        answers = gdb.makefile("rb")
+        for packet, answer in (b"?", b"$T"), (b"s", b"$T"), (b"D", b"$OK"):
+            gdb.sendall(b"+$%s#%02x" % (packet, sum(packet) % 256))
+            said = b""
+            while not re.search(rb"\$.*#..$", said):
+                said += answers.read(1)
+            if answer not in said:
+                raise LabError(f"QEMU's debugger stub answered {said} to {packet}")
+        gdb.close()
+        self.qmp_do(monitor, **{"command-line": "gdbserver none"})
+
     def cpu_time(self) -> float:
         """Seconds of the host's CPUs that the guest's have used."""
         if not self.cpu_threads:
