@@ -364,6 +364,10 @@ class VM:
                 raise LabError(f"QEMU ended: {last_lines(self.dir / 'qemu.err', 5)}\n"
                                f"its command is in {self.dir}/command")
 
+    def monitor(self, line: str) -> str:
+        """What QEMU's monitor for people answers to @line; nothing, mostly, if it did it."""
+        return self.qmp_do("human-monitor-command", **{"command-line": line})
+
     def drop_translations(self):
         """Let QEMU throw away what it translated of the guest's code (with KVM there is nothing).
 
@@ -372,20 +376,23 @@ class VM:
         """
         if self.accel != "tcg":
             return
-        monitor = "human-monitor-command"
-        self.qmp_do(monitor, **{"command-line": f"gdbserver unix:{self._sockdir}/gdb,server=on,wait=off"})
-        gdb = self.connect("gdb")
-        gdb.settimeout(60)
-        answers = gdb.makefile("rb")
-        for packet, answer in (b"?", b"$T"), (b"s", b"$T"), (b"D", b"$OK"):
-            gdb.sendall(b"+$%s#%02x" % (packet, sum(packet) % 256))
-            said = b""
-            while not re.search(rb"\$.*#..$", said):
-                said += answers.read(1)
-            if answer not in said:
-                raise LabError(f"QEMU's debugger stub answered {said} to {packet}")
-        gdb.close()
-        self.qmp_do(monitor, **{"command-line": "gdbserver none"})
+        self.monitor(f"gdbserver unix:{self._sockdir}/gdb,server=on,wait=off")
+        try:
+            with self.connect("gdb") as gdb, gdb.makefile("rb") as answers:
+                gdb.settimeout(60)
+                for packet, answer in (b"?", b"$T"), (b"s", b"$T"), (b"D", b"$OK"):
+                    gdb.sendall(b"+$%s#%02x" % (packet, sum(packet) % 256))
+                    said = b""
+                    while not re.search(rb"\$.*#..$", said):
+                        c = answers.read(1)
+                        if not c:
+                            raise ConnectionError(f"it ended after {said}")
+                        said += c
+                    if answer not in said:
+                        raise ConnectionError(f"it answered {said} to {packet}")
+        except OSError as e:
+            raise LabError(f"QEMU's debugger stub: {e}") from None
+        self.monitor("gdbserver none")
 
     def cpu_time(self) -> float:
         """Seconds of the host's CPUs that the guest's have used."""

@@ -129,7 +129,7 @@ class Run:
         if mode.startswith("error"):
             self.wait("ERROR")
             # At the port: QEMU's NICs cannot be told to report errors.
-            self.vm.qmp_do("human-monitor-command", **{"command-line": "pcie_aer_inject_error rp0 DLP"})
+            self.vm.monitor("pcie_aer_inject_error rp0 DLP")
         if mode == "panic":
             self.wait("a session after a panic", 2)
             return
